@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import Tensor
 
-
 Payload = Literal["gradient", "weights"]
 
 

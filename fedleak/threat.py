@@ -43,4 +43,6 @@ class ThreatModel:
         missing = [need for need in sorted(needs) if not getattr(self, need)]
         if missing:
             mend = " ".join(f"threat.{need}=true" for need in missing)
-            raise UsageError(f"{who} needs {', '.join(missing)}, which the threat model withholds; grant it with {mend}")
+            raise UsageError(
+                f"{who} needs {', '.join(missing)}, which the threat model withholds; grant it with {mend}"
+            )
