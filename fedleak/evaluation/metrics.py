@@ -1,0 +1,119 @@
+"""How close a rebuilt image is to the true one, and inferred labels to the true ones.
+
+Images are float tensors in [0, 1], ``[B, C, H, W]``; every image metric returns one float64 value per image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+RECOVERED_MSE = 1e-3
+"""An image counts as recovered if its mean squared error is below this."""
+
+
+def mse(truth: Tensor, rebuilt: Tensor) -> Tensor:
+    """Mean squared error of each image, ``[B]``; inf for an image that holds NaN or inf.
+
+    Args:
+        truth: ``[B, C, H, W]`` in [0, 1].
+        rebuilt: the same shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check(truth, rebuilt)
+    errors = (truth.double() - rebuilt.double()).square().flatten(1).mean(dim=1)
+    return torch.nan_to_num(errors, nan=torch.inf, posinf=torch.inf)
+
+
+def psnr(truth: Tensor, rebuilt: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB at a peak of 1, ``[B]``: inf if exact, -inf if not finite."""
+    return -10 * torch.log10(mse(truth, rebuilt))
+
+
+def ssim(truth: Tensor, rebuilt: Tensor) -> Tensor:
+    """Structural similarity of each image, ``[B]`` in [-1, 1]; NaN for an image that holds NaN or inf.
+
+    The published form: an 11×11 Gaussian window with sigma 1.5, no sample covariance, channels averaged. As usual the
+    border, where the window leaves the image, is left out of the mean; an image smaller than the window keeps at least
+    its centre, mirrored outwards.
+
+    References:
+        Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004.
+    """
+    _check(truth, rebuilt)
+    shortest = min(truth.shape[-2:])
+    window = min(11, shortest - 1 + shortest % 2)
+    return torch.tensor(
+        [
+            structural_similarity(
+                a, b, data_range=1, channel_axis=0, gaussian_weights=True, use_sample_covariance=False, win_size=window
+            )
+            if np.isfinite(b).all()
+            else np.nan
+            for a, b in zip(truth.double().cpu().numpy(), rebuilt.double().cpu().numpy(), strict=True)
+        ],
+        dtype=torch.float64,
+    )
+
+
+def assign(truth: Tensor, rebuilt: Tensor) -> Tensor:
+    """Match rebuilt images to true ones so that the sum of the squared errors is the least possible.
+
+    The order within a batch cannot be seen in its update, so a reconstruction's own order means nothing.
+
+    Args:
+        truth: ``[B, C, H, W]``.
+        rebuilt: ``[B', C, H, W]``; B' may differ from B.
+
+    Returns:
+        ``[B]`` int64: entry i is the index in `rebuilt` of the image matched to ``truth[i]``, or -1 if it got none.
+        No image of `rebuilt` is matched twice.
+
+    Raises:
+        ValueError: if the images' shapes differ.
+    """
+    if truth.shape[1:] != rebuilt.shape[1:]:
+        raise ValueError(f"cannot compare images {tuple(truth.shape[1:])} with images {tuple(rebuilt.shape[1:])}")
+    matched = torch.full((len(truth),), -1, dtype=torch.int64)
+    if len(truth) == 0 or len(rebuilt) == 0:
+        return matched
+    distances = torch.cdist(
+        truth.double().flatten(1), rebuilt.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    # The solver refuses infinite costs; an image that is not finite is the worst match there is, yet still one.
+    costs = torch.nan_to_num(distances.square() / truth[0].numel(), nan=1e30, posinf=1e30).clamp(max=1e30)
+    rows, columns = linear_sum_assignment(costs.cpu().numpy())
+    matched[torch.as_tensor(rows)] = torch.as_tensor(columns)
+    return matched
+
+
+def label_accuracy(true: Tensor, inferred: Tensor) -> float:
+    """Share of the true labels that were inferred: the overlap of the two multisets over the size of `true`.
+
+    Args:
+        true: ``[B]`` int64, at least one label.
+        inferred: ``[B']`` int64; labels beyond the true multiset earn nothing.
+
+    Raises:
+        ValueError: if `true` is empty.
+    """
+    if len(true) == 0:
+        raise ValueError("label accuracy needs at least one true label")
+    values, counts = torch.unique(true, return_counts=True)
+    found = (inferred[:, None] == values[None, :]).sum(dim=0)
+    return float(torch.minimum(counts, found).sum()) / len(true)
+
+
+def labels_exact(true: Tensor, inferred: Tensor) -> bool:
+    """Whether the two multisets are the same: the whole batch's labels are right, none missing and none too many."""
+    return len(true) == len(inferred) and bool((true.sort().values == inferred.sort().values).all())
+
+
+def _check(truth: Tensor, rebuilt: Tensor) -> None:
+    if truth.shape != rebuilt.shape or truth.ndim != 4:
+        raise ValueError(f"needs two [B, C, H, W] of one shape, got {tuple(truth.shape)} and {tuple(rebuilt.shape)}")
