@@ -1,0 +1,58 @@
+"""iDLG's sign rule: the label of a single sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.labels.last_layer import find_last_layer, last_layer_gradients, where
+from fedleak.capture import Observation
+from fedleak.errors import UsageError
+
+
+def sign_rule(weight: Tensor) -> Tensor:
+    """The label of each single-sample gradient of the last layer.
+
+    Row c of the gradient is (p_c - [c = y]) h: with features of one sign, as after sigmoid or ReLU, the label is the
+    one class whose row sum g_c is negative. With features of either sign several may be; then the label's row is the
+    longest, since its |p_y - 1| is the sum of all other p_c.
+
+    Args:
+        weight: ``[N, C, d]``, ∂L/∂W.
+
+    Returns:
+        ``[N]`` int64.
+    """
+    sums = weight.sum(dim=2, dtype=torch.float64)
+    one_negative = (sums < 0).sum(dim=1) == 1
+    return torch.where(one_negative, sums.argmin(dim=1), weight.norm(dim=2).argmax(dim=1))
+
+
+class IDLG(LabelInference):
+    """The one class with a negative gradient (iDLG, Zhao et al. 2020). Needs one sample an update, and says so."""
+
+    def infer(
+        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+    ) -> list[LabelGuess | None]:
+        """One label for each observation; None for an observation that carries an error.
+
+        Raises:
+            UsageError: if an update is known to hold more than one sample.
+        """
+        guesses: list[LabelGuess | None] = [None] * len(observations)
+        usable = [index for index, observation in enumerate(observations) if observation.error is None]
+        for index in usable:
+            samples = (observations[index].batch_size or 1) * (observations[index].local_steps or 1)
+            if samples != 1:
+                raise UsageError(
+                    f"attack/labels=idlg reads the label of a single sample, and {where(observations[index])} holds "
+                    f"{samples}; choose attack/labels=fedleak, or set federation.batch_size=1 and one local step"
+                )
+        if usable:
+            gradients = last_layer_gradients([observations[index] for index in usable], find_last_layer(knowledge))
+            for index, label in zip(usable, sign_rule(gradients.weight), strict=True):
+                guesses[index] = LabelGuess(label.view(1, 1), torch.ones(1))
+        return guesses
