@@ -1,0 +1,173 @@
+"""From a `model` config to a network that takes [0, 1] images and returns logits."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedleak.errors import UsageError
+from fedleak.models.init import INITIALISATIONS, initialise
+from fedleak.models.layers import Normalize, RepeatChannels
+
+
+def build_model(config: Mapping[str, Any], image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+    """Build, initialise and check the shared model. The same arguments give the same weights.
+
+    Args:
+        config: ``_target_`` is the import path of a class or function that returns a `torch.nn.Module`; ``init``
+            (default ``default``) an initialisation; ``normalize`` null or {mean, std}; every other key is an argument
+            of the target. ``image_shape`` and ``classes`` (or ``num_classes``) are passed if the target takes them.
+        image_shape: (C, H, W) of one image.
+        classes: number of classes.
+        seed: decides the weights. torch's global random state is left as it was.
+
+    Returns:
+        A model in train mode, on the CPU: images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. One-channel
+        images are repeated where the target's first convolution wants three; repetition and normalisation are layers.
+
+    Raises:
+        UsageError: the target cannot be imported, refuses its arguments, or does not return such a model.
+    """
+    settings: dict[str, Any] = _plain(config)
+    target = settings.pop("_target_", None)
+    init = settings.pop("init", None) or "default"
+    normalize = settings.pop("normalize", None)
+    if init not in INITIALISATIONS:
+        raise UsageError(f"model.init={init} is unknown; choose one of {', '.join(INITIALISATIONS)}")
+    factory = _locate(target)
+    arguments = _arguments(factory, target, settings, image_shape, classes)
+
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator alone: torch.manual_seed would also seed the accelerator's, which is not restored.
+        torch.default_generator.manual_seed(seed)
+        try:
+            network = factory(**arguments)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(f"model._target_={target} could not be built: {_brief(error)}") from error
+        if not isinstance(network, nn.Module):
+            raise UsageError(f"model._target_={target} gave a {type(network).__name__}; it must give a torch.nn.Module")
+        initialise(network, init)
+        model = _adapt(network, image_shape, normalize)
+        _check(model, target, image_shape, classes)
+    return model.train()
+
+
+def _plain(value: Any) -> Any:
+    """Config containers as dicts and lists, so that models get what they are documented to take."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _locate(target: Any) -> Callable[..., Any]:
+    """The class or function at an import path."""
+    mend = "give an import path such as fedleak.models.LeNet or, with its folder on PYTHONPATH, my_file.MyModel"
+    if not isinstance(target, str) or "." not in target:
+        raise UsageError(f"model._target_={target} is no import path; {mend}")
+    parts = target.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:split])
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+                continue  # no such module: the last part may be a class
+            raise UsageError(f"model._target_={target} cannot be imported: {_brief(error)}; {mend}") from error
+        except Exception as error:
+            raise UsageError(f"model._target_={target} cannot be imported: {_brief(error)}; mend that file") from error
+        for part in parts[split:]:
+            if not hasattr(found, part):
+                raise UsageError(f"model._target_={target} cannot be imported: no {part} in {module_name}; {mend}")
+            found = getattr(found, part)
+        if not callable(found):
+            raise UsageError(f"model._target_={target} is a {type(found).__name__}, not a class or function; {mend}")
+        return found
+    raise UsageError(f"model._target_={target} cannot be imported: no module named {parts[0]}; {mend}")
+
+
+def _arguments(
+    factory: Callable[..., Any],
+    target: str,
+    config: Mapping[str, Any],
+    image_shape: tuple[int, int, int],
+    classes: int,
+) -> dict[str, Any]:
+    """What to call the factory with: the config's keys, and the data's shape and classes if it takes them."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return dict(config)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    names = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    arguments: dict[str, Any] = {}
+    if "image_shape" in names:
+        arguments["image_shape"] = tuple(image_shape)
+    if "classes" in names:
+        arguments["classes"] = classes
+    elif "num_classes" in names or takes_any:  # torchvision hands **kwargs on to a constructor with num_classes
+        arguments["num_classes"] = classes
+    unknown = [key for key in config if key not in names]
+    if unknown and not takes_any:
+        raise UsageError(
+            f"model.{unknown[0]}={config[unknown[0]]} is no argument of {target}; it takes {', '.join(names) or 'none'}"
+        )
+    return arguments | dict(config)
+
+
+def _adapt(network: nn.Module, image_shape: tuple[int, int, int], normalize: Any) -> nn.Module:
+    """`network` behind the layers that its input needs; itself if it needs none."""
+    layers: list[tuple[str, nn.Module]] = []
+    channels = image_shape[0]
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    if channels == 1 and first is not None and first.in_channels == 3:
+        layers.append(("repeat", RepeatChannels(3)))
+        channels = 3
+    if normalize is not None:
+        if not isinstance(normalize, dict) or set(normalize) != {"mean", "std"}:
+            raise UsageError(f"model.normalize={normalize} cannot be used; give {{mean: [..], std: [..]}} or null")
+        mean, std = ([v] if isinstance(v, int | float) else v for v in (normalize["mean"], normalize["std"]))
+        if len(mean) not in (1, channels):
+            raise UsageError(
+                f"model.normalize mean={mean} has {len(mean)} channels and the images {channels}; give 1 or {channels}"
+            )
+        layers.append(("normalize", Normalize(mean, std)))
+    if not layers:
+        return network
+    return nn.Sequential(OrderedDict([*layers, ("model", network)]))
+
+
+def _check(model: nn.Module, target: str, image_shape: tuple[int, int, int], classes: int) -> None:
+    """One forward pass in each mode on a copy, since BatchNorm's statistics move in train mode."""
+    images = torch.zeros(2, *image_shape)
+    trial = copy.deepcopy(model)
+    for training in (True, False):
+        try:
+            with torch.no_grad():
+                logits = trial.train(training)(images)
+        except Exception as error:
+            raise UsageError(
+                f"model._target_={target} fails on images of {'×'.join(map(str, image_shape))}: {_brief(error)}; "
+                "choose another data.image_size or model"
+            ) from error
+        if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
+            got = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise UsageError(
+                f"model._target_={target} gives {got} for a batch of 2; it must give logits [2, {classes}]"
+            )
+
+
+def _brief(error: BaseException) -> str:
+    """An error on one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
