@@ -1,0 +1,189 @@
+"""The picture of a run: private images beside what the attacker rebuilt of them, a row a round."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from fedleak.evaluation.metrics import RECOVERED_MSE
+from fedleak.evaluation.scores import Match
+
+MOST_ROUNDS = 8
+MOST_IMAGES = 8
+MOST_BYTES = 1_000_000
+
+INK, FAINT, FRAME, GOOD, BAD = "#1d2129", "#6b7280", "#c9ced6", "#0b7a4b", "#b3261e"
+# Everything is placed in inches, on one axes as large as the figure.
+SIDE, INNER, GAP, LEFT, MARGIN, LINE = 0.78, 0.05, 0.24, 1.38, 0.22, 0.17
+
+
+def reconstructions_png(
+    path: Path, matches: Sequence[Match], *, title: str = "What the server rebuilt", most_bytes: int = MOST_BYTES
+) -> None:
+    """Draw true images beside rebuilt ones, with labels and PSNR, round by round.
+
+    Of many rounds, at most `MOST_ROUNDS` evenly chosen ones are shown; of many images in a round, the first
+    `MOST_IMAGES` by client and place in the batch, never the best. What was left out is said in the picture.
+
+    Args:
+        path: the PNG file to write.
+        matches: from `fedleak.evaluation.scores.match`, of any number of observations, grey or colour, with or
+            without truth; none gives a picture that says so.
+        title: the heading.
+        most_bytes: the resolution is lowered until the file is no larger than this.
+    """
+    figure = _figure(sorted(matches, key=lambda m: (m.round, m.client, m.image)), title)
+    for dpi in (160, 120, 90, 60, 40):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "fedleak"})
+        if buffer.tell() <= most_bytes:
+            break
+    Path(path).write_bytes(buffer.getvalue())
+
+
+def _figure(matches: Sequence[Match], title: str) -> Figure:
+    rounds = sorted({m.round for m in matches})
+    shown = [rounds[i] for i in evenly(len(rounds), MOST_ROUNDS)]
+    rows = [[m for m in matches if m.round == number] for number in shown]
+    pairs = any(m.true is not None for m in matches)
+    columns = max((min(len(row), MOST_IMAGES) for row in rows), default=0)
+    cell = 2 * SIDE + INNER if pairs else SIDE
+    lines = 2 if any(m.mse is not None for m in matches) else 1
+    row_height = SIDE + lines * LINE + 0.16
+    notes = _notes(matches, rounds, shown, max(map(len, rows), default=0))
+
+    width = max(LEFT + columns * (cell + GAP) - GAP + MARGIN, 5.6)
+    top = 0.92 if pairs else 0.80 if rows else 0.60
+    height = top + len(rows) * row_height + 0.2 * len(notes) + 0.14
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.text(MARGIN, 0.30, title, size=13, weight="bold", color=INK, va="center")
+    axes.text(MARGIN, 0.54, _headline(matches), size=8.5, color=FAINT, va="center")
+
+    y = top
+    for number, row in zip(shown, rows, strict=True):
+        axes.text(MARGIN, y + SIDE / 2 - 0.09, f"round {number}", size=9.5, weight="bold", color=INK, va="center")
+        axes.text(MARGIN, y + SIDE / 2 + 0.10, _tally(row), size=8, color=FAINT, va="center")
+        for column, m in enumerate(row[:MOST_IMAGES]):
+            x = LEFT + column * (cell + GAP)
+            if pairs:
+                _image(axes, m.true, x, y, FRAME, "no truth")
+                if number == shown[0]:
+                    axes.text(x + SIDE / 2, y - 0.05, "true", size=7, color=FAINT, ha="center", va="bottom")
+                    axes.text(
+                        x + 1.5 * SIDE + INNER, y - 0.05, "rebuilt", size=7, color=FAINT, ha="center", va="bottom"
+                    )
+            _image(axes, m.rebuilt, x + cell - SIDE, y, GOOD if m.recovered else FRAME, "not rebuilt")
+            _words(axes, m, x + cell / 2, y + SIDE)
+        y += row_height
+    for note in notes:
+        axes.text(MARGIN, y + 0.06, note, size=8, color=FAINT, va="center")
+        y += 0.2
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    return figure
+
+
+def _image(axes: Axes, image: Tensor | None, x: float, y: float, frame: str, missing: str) -> None:
+    if image is None:
+        axes.text(x + SIDE / 2, y + SIDE / 2, missing, size=6.5, color=FAINT, ha="center", va="center", style="italic")
+    else:
+        values = pixels(image)
+        height, width = (SIDE * n / max(values.shape[:2]) for n in values.shape[:2])
+        left, top = x + (SIDE - width) / 2, y + (SIDE - height) / 2
+        axes.imshow(values, extent=(left, left + width, top + height, top), interpolation="nearest")
+    linewidth = 2.2 if frame == GOOD else 0.6
+    axes.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=frame, linewidth=linewidth, clip_on=False))
+
+
+def _words(axes: Axes, m: Match, x: float, y: float) -> None:
+    """Under a pair: true → inferred label, then how close the image came."""
+    if m.label_true is not None:
+        label = f"{m.label_true} → {'?' if m.label_inferred is None else m.label_inferred}"
+        color = INK if m.label_true == m.label_inferred else BAD
+    else:
+        label, color = "" if m.label_inferred is None else f"label {m.label_inferred}", INK
+    axes.text(x, y + 0.12, label, size=9, color=color, ha="center", va="center")
+    if m.mse is not None and m.psnr is not None:
+        closeness = f"{m.psnr:.0f} dB · MSE {_short(m.mse)}" if math.isfinite(m.psnr) else f"MSE {_short(m.mse)}"
+        if m.recovered:
+            closeness = f"✓ {closeness}"
+        axes.text(
+            x,
+            y + 0.12 + LINE,
+            closeness,
+            size=7.2,
+            color=GOOD if m.recovered else FAINT,
+            weight="bold" if m.recovered else "normal",
+            ha="center",
+            va="center",
+        )
+
+
+def _headline(matches: Sequence[Match]) -> str:
+    judged = [m for m in matches if m.recovered is not None]
+    if not matches:
+        return "Nothing was rebuilt: there were no updates to attack, or every attack failed."
+    if not judged:
+        return f"{_count(len(matches), 'image')}, not judged: the private ones are not at hand to compare with."
+    recovered = sum(bool(m.recovered) for m in judged)
+    legend = f"(green, ✓: mean squared error below {RECOVERED_MSE:g})"
+    return f"{recovered} of {_count(len(judged), 'private image')} recovered {legend}"
+
+
+def _tally(row: Sequence[Match]) -> str:
+    judged = [m for m in row if m.recovered is not None]
+    if not judged:
+        return _count(len(row), "image")
+    return f"{sum(bool(m.recovered) for m in judged)} / {len(judged)} recovered"
+
+
+def _notes(matches: Sequence[Match], rounds: list[int], shown: list[int], largest: int) -> list[str]:
+    notes = []
+    if any(m.label_true is not None for m in matches):
+        notes.append("Under each pair: true → inferred label, peak signal-to-noise ratio, mean squared error.")
+    if len(rounds) > len(shown):
+        notes.append(f"{len(shown)} of the {len(rounds)} attacked rounds, evenly chosen.")
+    if largest > MOST_IMAGES:
+        notes.append(f"Of each round the first {MOST_IMAGES} images by client and place in the batch, not the best.")
+    return notes
+
+
+def _short(error: float) -> str:
+    """0.21, 3.4e-5, 0 (exact) or inf."""
+    if 0.01 <= error < 100 or error == 0 or not math.isfinite(error):
+        return f"{error:.2g}"
+    mantissa, exponent = f"{error:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 … `count` - 1, evenly spread, first and last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)] if most > 1 else [0]
+
+
+def pixels(image: Tensor) -> np.ndarray:
+    """An image ``[C, H, W]`` in [0, 1] as ``[H, W, 3]`` bytes: grey (C = 1) or colour; what is not finite is black.
+
+    Of images with neither 1 nor 3 channels, the mean over the channels is shown.
+    """
+    values = np.nan_to_num(image.detach().cpu().float().numpy(), nan=0.0, posinf=0.0, neginf=0.0)
+    if values.shape[0] != 3:
+        values = np.repeat(values.mean(axis=0, keepdims=True), 3, axis=0)
+    return (values.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
