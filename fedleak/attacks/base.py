@@ -129,6 +129,8 @@ class Inversion(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of `ThreatModel` that must be granted."""
+    needs_scale: ClassVar[bool] = True
+    """Whether the size of the gradient matters, and so the learning rate where new weights are sent."""
 
     @abstractmethod
     def invert(

@@ -1,0 +1,62 @@
+"""Reconstructions on disk, written one by one as they finish, so that a killed attack goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedleak import tensorfile
+from fedleak.attacks.base import Reconstruction
+
+
+class ReconstructionStore:
+    """A folder with one safetensors file a reconstruction."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def _path(self, round: int, client: int) -> Path:
+        return self.folder / f"round-{round:05d}-client-{client:05d}.safetensors"
+
+    def write(self, r: Reconstruction) -> None:
+        """Keep one reconstruction."""
+        header = {
+            "round": r.round,
+            "client": r.client,
+            "objective": r.objective,
+            "evaluations": r.evaluations,
+            "seconds": r.seconds,
+            "stop_reason": r.stop_reason,
+            "restarts": r.restarts,
+            "trace": r.trace,
+            "details": r.details,
+        }
+        tensorfile.save(self._path(r.round, r.client), {"images": r.images, "labels": r.labels}, header)
+
+    def load(self, round: int, client: int) -> Reconstruction | None:
+        """One reconstruction, or None if it is not finished; raises `UsageError` if its file is damaged."""
+        path = self._path(round, client)
+        return self._read(path) if path.exists() else None
+
+    def __iter__(self) -> Iterator[Reconstruction]:
+        return (self._read(path) for path in sorted(self.folder.glob("round-*.safetensors")))
+
+    @staticmethod
+    def _read(path: Path) -> Reconstruction:
+        tensors, header = tensorfile.load(path)
+        header["trace"] = [(int(evaluations), float(objective)) for evaluations, objective in header["trace"]]
+        return Reconstruction(images=tensors["images"], labels=tensors["labels"], **header)
+
+
+def load_reconstructions(folder: Path) -> list[Reconstruction]:
+    """All reconstructions of a run directory, or of an ``attacks/NAME`` folder of one, by round and client.
+
+    Returns:
+        An empty list where `folder` has no ``summary.json`` that says where they are.
+    """
+    try:
+        where = json.loads((Path(folder) / "summary.json").read_text())["reconstructions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return list(ReconstructionStore(Path(folder) / where))

@@ -1,0 +1,249 @@
+"""The command line: ``fedleak run``, ``fedleak attack``, ``fedleak list``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedleak import __version__
+from fedleak.errors import FedleakError, UsageError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside, and see what its updates leak
+
+  fedleak run [overrides]                   run a federation, attack every captured update, judge the result
+  fedleak attack run_dir=DIR [overrides]    attack an earlier run's captures again
+  fedleak list                              the choices of every group
+  fedleak --help | --version
+
+Overrides are Hydra's: group=choice picks a part, key=value sets one value.
+
+  fedleak run                                               handwritten digits, no download, about a minute
+  fedleak run attack=dlg defense=gaussian defense.std=0.01  another attack against a noisy update
+  fedleak run federation=fedavg federation.local_steps=5    clients send weights after five steps
+  fedleak run data=mnist data.root=DIR data.download=true   MNIST
+  fedleak run --multirun defense.ratio=0.1,0.5,0.9 defense=pruning
+  fedleak attack run_dir=outputs/… attack=dlg attack.restarts=4
+
+Options of run: --multirun (-m) sweeps over comma-separated values; --config-dir DIR adds YAML files of your own;
+--cfg job prints the composed configuration and stops.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 a usage error, 1 anything else, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # A user's own classes are found beside where they stand, as with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return _dispatch(arguments)
+    except UsageError as error:
+        print(f"fedleak: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except FedleakError as error:
+        print(f"fedleak: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fedleak: interrupted; what was finished is kept, and fedleak attack goes on from there", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("--help", "-h", "help") or (command in COMMANDS and {"--help", "-h"} & set(rest)):
+        print(HELP, end="")
+        return 0
+    if command in ("--version", "-V"):
+        print(f"fedleak {__version__}")
+        return 0
+    if command not in COMMANDS:
+        raise UsageError(f"{command}: unknown command; known: {', '.join(COMMANDS)}, --help, --version")
+    return COMMANDS[command](rest)
+
+
+def run(arguments: list[str]) -> int:
+    """``fedleak run``: check everything, then let Hydra run the job or the sweep."""
+    flags, overrides = _split(arguments)
+    from fedleak.config import check, compose_config, expand_sweep, plain
+    from fedleak.pipeline import prepare
+
+    sweep = bool({"--multirun", "-m"} & set(flags))
+    show = [flag for flag in flags if flag.startswith(("--cfg", "-c", "--info", "--package", "-p", "--resolve"))]
+    jobs = expand_sweep(overrides) if sweep else [overrides]
+    for job in jobs:
+        config = plain(compose_config(job))
+        check(config)
+        if any(o.startswith("output_dir=") for o in overrides):
+            _refuse_overwriting(Path(config["output_dir"]))
+        if not show:
+            prepare(config)
+    return _through_hydra(flags, overrides, _run_job)
+
+
+def _run_job(config: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from fedleak import pipeline
+    from fedleak.config import plain
+    from fedleak.console import Console
+
+    hydra = HydraConfig.get()
+    console = Console()
+    command = ["fedleak", "run", *hydra.overrides.task]
+    outcome = pipeline.run(plain(config), Path(hydra.runtime.output_dir), console, command)
+    _report(console, outcome)
+
+
+def attack(arguments: list[str]) -> int:
+    """``fedleak attack``: an earlier run's config, with attack, threat and device as given now."""
+    flags, overrides = _split(arguments)
+    if flags:
+        raise UsageError(f"{flags[0]}: not an option of fedleak attack; give key=value overrides")
+    from omegaconf import OmegaConf
+
+    from fedleak import pipeline
+    from fedleak.config import check, compose_config, parse, plain
+    from fedleak.console import Console
+
+    given = {o.key_or_group: o for o in parse(overrides)}
+    if "run_dir" not in given:
+        raise UsageError("run_dir: missing; name an earlier run's folder, run_dir=DIR")
+    run_dir = Path(str(given["run_dir"].value()))
+    if not run_dir.is_dir():
+        raise UsageError(f"run_dir={run_dir}: no such folder; name an earlier run's")
+    for key in given:
+        if key.split("/")[0].split(".")[0] not in ("run_dir", "output_dir", "attack", "threat", "device", "seed"):
+            raise UsageError(
+                f"{key}: fixed by the run in {run_dir}; only attack, threat, device, seed and output_dir can change"
+            )
+    before = run_dir / ".hydra" / "overrides.yaml"
+    if not (run_dir / "captures" / "index.jsonl").is_file():
+        raise UsageError(f"run_dir={run_dir}: no captures there; name the folder of a fedleak run")
+    try:
+        earlier = [str(o) for o in OmegaConf.to_object(OmegaConf.load(before))]  # type: ignore[union-attr]
+    except Exception as error:
+        raise UsageError(f"{before}: missing or damaged; restore it, or repeat the run") from error
+    now = [o for o in overrides if not o.startswith("run_dir=")]
+    config = plain(compose_config(_merge(earlier, now)))
+    check(config)
+    if "output_dir" in given:
+        folder = Path(config["output_dir"])
+        _refuse_overwriting(folder)
+    else:
+        folder = run_dir / "attacks" / config["attack"]["name"]
+    console = Console()
+    outcome = pipeline.attack_again(config, run_dir, folder, console, ["fedleak", "attack", *overrides])
+    _report(console, outcome)
+    return 0
+
+
+def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
+    """The earlier run's overrides under today's: a newly chosen group drops what was set inside it before."""
+    from fedleak.config import parse
+
+    new = {o.key_or_group for o in parse(now)}
+    kept = []
+    for override, parsed in zip(earlier, parse(earlier), strict=True):
+        key = parsed.key_or_group
+        inside = any(key == n or (n in ("attack", "threat") and key.startswith((f"{n}.", f"{n}/"))) for n in new)
+        if not inside and key not in ("output_dir", "device"):
+            kept.append(override)
+    return [*kept, *now]
+
+
+def list_choices(arguments: list[str]) -> int:
+    """``fedleak list``: every group's choices with a line on each."""
+    if arguments:
+        raise UsageError(f"{arguments[0]}: fedleak list takes no arguments; leave it out")
+    from fedleak.config import choices
+
+    for group, options in choices().items():
+        print(group)
+        width = max(len(name) for name, _ in options)
+        for name, description in options:
+            print(f"  {name:<{width}}  {description}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": run, "attack": attack, "list": list_choices}
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(Hydra flags, overrides); ``--config-dir DIR`` becomes the override that means the same everywhere."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, _, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            value = value or (rest.pop(0) if rest else "")
+            if not Path(value).is_dir():
+                raise UsageError(f"--config-dir={value}: no such folder; name one that holds group folders")
+            overrides.append(f"hydra.searchpath=[file://{Path(value).absolute()}]")
+        elif name in ("--multirun", "-m", "--resolve", "-r"):
+            flags.append(word)
+        elif name in ("--cfg", "-c", "--info", "--package", "-p"):
+            flags += [word] if value or not rest else [word, rest.pop(0)]
+        elif word.startswith("-"):
+            raise UsageError(f"{word}: unknown option; see fedleak --help")
+        elif "=" not in word and not word.startswith("~"):
+            raise UsageError(f"{word}: not an override; write key=value")
+        else:
+            overrides.append(word)
+    return flags, overrides
+
+
+def _through_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable[[DictConfig], None]) -> int:
+    """Run `job` under Hydra, which makes the folders, writes ``.hydra/`` and sweeps."""
+    import hydra
+
+    from fedleak.config import conf_dir
+
+    failures: list[BaseException] = []
+
+    def guarded(config: DictConfig) -> None:
+        # Hydra would print a traceback of its own; one failed job of a sweep must not stop the others either.
+        try:
+            job(config)
+        except FedleakError as error:
+            print(f"fedleak: {_one_line(error)}", file=sys.stderr)
+            failures.append(error)
+
+    before = sys.argv
+    sys.argv = ["fedleak", *flags, *overrides]
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(guarded)()
+    finally:
+        sys.argv = before
+    return 0 if not failures else 2 if all(isinstance(f, UsageError) for f in failures) else 1
+
+
+def _refuse_overwriting(folder: Path) -> None:
+    for name in ("rounds.csv", "attacks.csv", "captures", "multirun.yaml"):
+        if (folder / name).exists():
+            raise UsageError(f"output_dir={folder}: holds the results of an earlier run; name another, or remove it")
+
+
+def _report(console, outcome) -> None:  # type: ignore[no-untyped-def]
+    console.table(outcome.table)
+    picture = outcome.folder / "reconstructions.png"
+    console.say(f"results in {outcome.folder}")
+    if picture.exists():
+        console.say(f"private images beside rebuilt ones: {picture}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What a person sees in the terminal: a headline, progress bars on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import rich.console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedleak.attacks.base import Progress as AttackProgress
+
+if TYPE_CHECKING:
+    from fedleak.federation.server import RoundRow
+
+
+class Console:
+    """Progress to stderr, results to stdout; plain text when neither is a terminal.
+
+    Args:
+        quiet: show nothing but results.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.out = rich.console.Console(highlight=False, soft_wrap=True)
+        self.err = rich.console.Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+
+    def headline(self, text: str) -> None:
+        """One line that says what starts now."""
+        self.err.print(text, style="bold", markup=False)
+
+    @contextmanager
+    def federation(self, rounds: int) -> Iterator[Callable[[RoundRow], None]]:
+        """A bar over the rounds; yields the callback for each round's row."""
+        with self._bar("{task.fields[note]}") as bar:
+            task = bar.add_task("federation", total=rounds, note="")
+
+            def on_row(row: RoundRow) -> None:
+                note = f"test accuracy {row.test_accuracy:.3f} · loss {row.train_loss:.3f} · {row.clients} clients"
+                bar.update(task, advance=1, note=note)
+
+            yield on_row
+
+    @contextmanager
+    def attack(self, name: str, observations: int) -> Iterator[Callable[[AttackProgress], None]]:
+        """A bar over an attack's problems; yields the callback for its state."""
+        with self._bar("{task.fields[note]}") as bar:
+            task = bar.add_task(f"attack {name}", total=observations, note="")
+
+            def on_progress(state: AttackProgress) -> None:
+                objective = "" if math.isnan(state.median_objective) else f" · median {state.median_objective:.1e}"
+                note = (
+                    f"{state.converged} converged · {state.diverged} diverged{objective}"
+                    f" · {state.evaluations_per_second:,.0f} evaluations/s"
+                )
+                bar.update(task, total=state.problems, completed=state.done, note=note)
+
+            yield on_progress
+            bar.update(task, completed=bar.tasks[task].total)
+
+    def table(self, table: pd.DataFrame) -> None:
+        """Print a data frame; shares as percentages, missing values as a dash."""
+        shown = Table(box=None, pad_edge=False, header_style="bold")
+        for column in table.columns:
+            shown.add_column(str(column).replace("_", " "), justify="right")
+        for _, row in table.iterrows():
+            shown.add_row(*(_cell(column, row[column]) for column in table.columns))
+        self.out.print(shown)
+
+    def say(self, text: str) -> None:
+        """A line of result."""
+        self.out.print(text, markup=False)
+
+    def _bar(self, note: str) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn(note, style="dim"),
+            console=self.err,
+            disable=self.err.quiet,
+        )
+
+
+def _cell(column: str, value: object) -> str:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if "accuracy" in str(column) and isinstance(value, float):
+        return f"{value:.1%}"
+    return str(value)

@@ -1,0 +1,105 @@
+"""The honest client as a Flower ClientApp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedleak.federation.local_update import local_update
+from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
+from fedleak.federation.scenario import Scenario, build_scenario
+from fedleak.seeding import generator
+from fedleak.truth import Truth, TruthStore
+
+
+def make_client_app(config: Mapping[str, Any], truth_dir: Path) -> ClientApp:
+    """The ClientApp of a federation.
+
+    It closes over the config only: each process builds the scenario once, so that Ray ships no images.
+
+    Args:
+        config: plain-container config, see `build_scenario`.
+        truth_dir: where the client keeps its private batches for the evaluation. It never travels to the server.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        """Tell the server which partition this node holds."""
+        return Message(RecordDict({CLIENT: ConfigRecord({PARTITION: _partition(context)})}), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        """One round of local training, defended before anything leaves the client."""
+        client = _partition(context)
+        server_round = int(message.content[CONFIG]["server-round"])  # type: ignore[index]
+        scenario = build_scenario(config)
+        with one_thread():
+            content = train_once(scenario, client, server_round, to_tensors(message.content[ARRAYS]), truth_dir)  # type: ignore[arg-type]
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def train_once(
+    scenario: Scenario, client: int, server_round: int, received: dict[str, Tensor], truth_dir: Path
+) -> RecordDict:
+    """The reply of one client in one round."""
+    federation = scenario.federation
+    images, labels = scenario.private_batch(client, server_round)
+    TruthStore(truth_dir).write(Truth(server_round, client, images, labels, federation.local_steps))
+    names = [name for name, _ in scenario.model.named_parameters()]
+    device = scenario.device
+    start = {name: received[name].to(device) for name in names}
+    result = local_update(
+        scenario.model.to(device),
+        start,
+        {name: value.to(device) for name, value in received.items() if name not in start},
+        images.to(device),
+        labels.to(device),
+        local_steps=federation.local_steps,
+        lr=federation.lr,
+        payload=federation.payload,
+        per_sample=scenario.threat.per_sample_gradients,
+        training_mode=federation.training_mode,
+    )
+    # A defense transforms the change that is sent: the gradient itself, or new minus old weights.
+    update = {name: value.cpu() for name, value in result.update.items()}
+    origin = {name: received[name] if federation.payload == "weights" else torch.zeros(()) for name in names}
+    change = {name: value - origin[name] for name, value in update.items()}
+    random = generator(scenario.seed, "defense", client, server_round)
+    for name, value in scenario.defense.apply(change, generator=random).items():
+        if value is not change.get(name):  # adding the origin back would round what no defense touched
+            update[name] = origin[name] + value if name in origin else value
+    says = ConfigRecord({PARTITION: client, "lr": federation.lr, "local-steps": federation.local_steps})
+    if scenario.threat.labels:
+        says["labels"] = sorted(labels.tolist())
+    return RecordDict(
+        {
+            ARRAYS: to_arrays({**update, **result.buffers}),
+            METRICS: MetricRecord({EXAMPLES: len(labels), "train_loss": result.loss}),
+            CLIENT: says,
+        }
+    )
+
+
+def _partition(context: Context) -> int:
+    return int(context.node_config["partition-id"])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums must not depend on how many threads an engine gives a client."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,134 @@
+"""Two engines for the same apps: in this process (default), or Flower's simulation on Ray."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.task_identity import TaskIdentity
+
+
+class LocalGrid(Grid):
+    """Flower's Grid without a network: a message is answered by calling the ClientApp, an exception by an error reply.
+
+    Nodes are numbered 1…N and answer one after the other. Sender identity and message ids are private to Flower
+    (`TaskIdentity`, `_message_id`); nothing outside this class touches them.
+    """
+
+    def __init__(self, client_app: ClientApp, clients: int) -> None:
+        self._app = client_app
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": node - 1, "num-partitions": clients},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node in range(1, clients + 1)
+        }
+        self._replies: dict[str, Message] = {}
+        self._count = 0
+
+    def set_run(self, run: Any) -> None:
+        """Not needed: there is one run."""
+
+    @property
+    def run(self) -> Any:
+        """Not available in this process."""
+        raise NotImplementedError("the local engine has no SuperLink run")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes, always connected."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver and answer each message at once."""
+        ids = []
+        for message in messages:
+            self._count += 1
+            message.metadata.__dict__["_message_id"] = str(self._count)
+            self._replies[str(self._count)] = self._answer(message)
+            ids.append(str(self._count))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The answers to `message_ids`, each once."""
+        return [self._replies.pop(i) for i in message_ids if i in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Push, then pull."""
+        return self.pull_messages(self.push_messages(messages))
+
+    def _answer(self, message: Message) -> Message:
+        # Messages of a round share one content, and a client may change what it gets: each receives a copy.
+        received = Message(copy.deepcopy(message.content), metadata=copy.copy(message.metadata))  # type: ignore[call-overload]
+        try:
+            return self._app(received, self._contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            return Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=received)
+
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """Clients run one after the other in this process: no start-up, the fastest for small models."""
+
+    def run(self, server_app: ServerApp, client_app: ClientApp, clients: int) -> None:
+        """Run the federation to its end."""
+        quiet_flower()
+        grid = LocalGrid(client_app, clients)
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        server_app(grid, context)
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """Flower's simulation on Ray: clients run in parallel processes.
+
+    Args:
+        num_cpus, num_gpus: what Ray reserves for one client. GPU shares are accounting only: leave room for the
+            attacker, which runs in the server's process.
+    """
+
+    num_cpus: float = 1
+    num_gpus: float = 0.0
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, server_app: ServerApp, client_app: ClientApp, clients: int) -> None:
+        """Run the federation to its end; raises what the server raised."""
+        # Ray's workers are new processes: they must find the user's own modules too.
+        paths = [os.getcwd(), *sys.path, os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        from flwr.simulation import run_simulation
+
+        quiet_flower()
+        run_simulation(
+            server_app,
+            client_app,
+            num_supernodes=clients,
+            backend_config={
+                "client_resources": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+                "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, **self.init_args},
+            },
+        )
+
+
+def quiet_flower() -> None:
+    """Flower logs dozens of lines a round; ours are a progress bar and tables."""
+    logging.getLogger("flwr").setLevel(logging.CRITICAL)

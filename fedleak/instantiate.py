@@ -1,0 +1,75 @@
+"""`_target_` nodes to objects, with one clear error where that fails."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fedleak.errors import FedleakError, UsageError
+
+
+def locate(path: str, key: str) -> Callable[..., Any]:
+    """Import the class or function that ``key._target_=path`` names; raises `UsageError` if it cannot be."""
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:cut])
+        try:
+            found: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            # A missing module inside the user's own file is their error to see, not a wrong path.
+            if error.name and not (module_name == error.name or module_name.startswith(error.name + ".")):
+                raise UsageError(
+                    f"{key}._target_={path}: importing {module_name} needs {error.name}; install it"
+                ) from error
+            continue
+        try:
+            for part in parts[cut:]:
+                found = getattr(found, part)
+        except AttributeError as error:
+            raise UsageError(f"{key}._target_={path}: {error}; check the name") from error
+        if not callable(found):
+            raise UsageError(f"{key}._target_={path}: not a class or function; name one")
+        return found
+    raise UsageError(f"{key}._target_={path}: no such module; give module.Class, importable from here")
+
+
+def instantiate(node: Any, key: str) -> Any:
+    """Build the object that a config node describes; nested ``_target_`` nodes and lists first.
+
+    Args:
+        node: a plain container; a mapping with ``_target_`` becomes a call of it with the other keys.
+        key: where the node stands in the config, for error messages.
+
+    Raises:
+        UsageError: the target cannot be imported, or refuses its arguments.
+    """
+    if isinstance(node, list):
+        return [instantiate(item, f"{key}[{i}]") for i, item in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    values = {name: instantiate(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
+    if "_target_" not in node:
+        return values
+    target = locate(node["_target_"], key)
+    try:
+        signature = inspect.signature(target)
+    except (TypeError, ValueError):
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(**values)
+        except TypeError as error:
+            takes = [name for name, p in signature.parameters.items() if p.kind != p.VAR_KEYWORD]
+            wrong = next((name for name in values if name not in takes), None)
+            close = difflib.get_close_matches(wrong, takes, 1) if wrong else []
+            mend = f"did you mean {key}.{close[0]}?" if close else f"it takes {', '.join(takes) or 'nothing'}"
+            raise UsageError(f"{key}: {node['_target_']} {error}; {mend}") from error
+    try:
+        return target(**values)
+    except FedleakError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{key}: {node['_target_']} refused {values}: {error}") from error
