@@ -93,9 +93,11 @@ def match(reconstruction: Reconstruction, truth: Truth | None) -> list[Match]:
         ValueError: if the private and the rebuilt images differ in shape.
     """
     where = partial(Match, reconstruction.round, reconstruction.client)
-    rebuilt, inferred = reconstruction.images, [int(label) for label in reconstruction.labels]
     if failed(reconstruction):
         return []
+    # An attack on labels alone may carry blank images to keep the shapes: they are not its result.
+    rebuilt = reconstruction.images[: 0 if reconstruction.stop_reason == "labels_only" else None]
+    inferred = [int(label) for label in reconstruction.labels]
     if truth is None:
         return [
             where(
@@ -106,7 +108,7 @@ def match(reconstruction: Reconstruction, truth: Truth | None) -> list[Match]:
             for i in range(max(len(rebuilt), len(inferred)))
         ]
     true_labels = [int(label) for label in truth.labels]
-    if len(rebuilt) == 0 or reconstruction.stop_reason == "labels_only":
+    if len(rebuilt) == 0:
         return [
             where(image=i, label_true=label, label_inferred=j, recovered=False, true=truth.images[i])
             for i, (label, j) in enumerate(zip(true_labels, _pair_labels(true_labels, inferred), strict=True))

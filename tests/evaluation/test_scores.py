@@ -92,6 +92,8 @@ def test_labels_alone_pair_equal_labels_first(placeholders):
     assert [leak["label_inferred"] for leak in leaks] == [4, 8, 9, 0]
     assert [leak["mse"] for leak in leaks] == [None] * 4
     assert [leak["recovered"] for leak in leaks] == [False] * 4
+    blank = rebuilt(torch.zeros(placeholders, 1, 12, 12), [0, 4, 8, 9], stop_reason="labels_only")
+    assert [(m.label_inferred, m.rebuilt) for m in match(blank, None)] == [(0, None), (4, None), (8, None), (9, None)]
 
 
 def test_fewer_rebuilt_images_than_private_ones():
