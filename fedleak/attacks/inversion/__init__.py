@@ -1,0 +1,20 @@
+"""Images from updates: gradient matching, its objectives, priors and optimisers."""
+
+from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.objectives import L2, Cosine, Objective, RelativeL2
+from fedleak.attacks.inversion.optimizers import LBFGS, Adam, Optimizer
+from fedleak.attacks.inversion.priors import ImageNorm, Prior, TotalVariation
+
+__all__ = [
+    "L2",
+    "LBFGS",
+    "Adam",
+    "Cosine",
+    "GradientMatching",
+    "ImageNorm",
+    "Objective",
+    "Optimizer",
+    "Prior",
+    "RelativeL2",
+    "TotalVariation",
+]

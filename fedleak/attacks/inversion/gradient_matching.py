@@ -1,0 +1,628 @@
+"""Gradient matching: images whose gradient is the observed one, thousands of problems at once."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Reconstruction
+from fedleak.attacks.inversion.gradients import Distance, Rows, Victim, VmapDistance, check_update
+from fedleak.attacks.inversion.objectives import L2, Objective
+from fedleak.attacks.inversion.optimizers import LBFGS, Optimizer
+from fedleak.attacks.inversion.priors import Prior
+from fedleak.capture import Observation
+from fedleak.errors import UsageError
+
+Initial = Callable[
+    [Sequence[Observation], Sequence["LabelGuess | None"], Knowledge, "torch.device | str"], "list[Tensor | None]"
+]
+"""Images ``[B, C, H, W]`` to start from, or None, for each observation: see `GradientMatching`."""
+
+REASONS = ("running", "converged", "diverged", "stalled", "budget")
+
+
+class GradientMatching(Inversion):
+    """Images whose gradient is the observed one (Zhu 2019, DLG; Zhao 2020, iDLG; Geiping 2020 by its settings).
+
+    A problem is one start of one observation. Problems are solved together, each with its own state: a start that
+    ends frees its place, a start that failed is followed by the next restart of that observation alone, and an
+    observation is finished as soon as one start converges. What a start does depends on nothing else in the call.
+
+    An update of several local steps is matched as if all its samples had been one batch at the starting parameters,
+    which is right for small learning rates only.
+
+    Args:
+        objective: the distance between updates; squared differences by default.
+        priors: penalties added to it.
+        optimizer: `LBFGS()` by default, as in DLG and iDLG.
+        start: ``normal`` (standard normal pixels, as in DLG and iDLG), ``uniform`` (on [0, 1]) or ``grey`` (0.5, plus
+            a little noise from the second start on and where there is more than one image).
+        restarts: starts per observation (and per label candidate), at most.
+        max_evaluations: objective-and-gradient evaluations per start, at most.
+        tolerance: the unscaled objective, priors included, at which a start has converged.
+        objective_scale: what the optimiser sees is the objective times this; keeps float32 from stalling early.
+        dtype: ``float32`` or ``float64``.
+        chunk_size: problems solved at once, at most; None takes what half of the free memory holds. Running out of
+            memory halves it and goes on.
+        trace_every: keep (evaluations, objective) of the returned start every so many evaluations; 0 keeps none.
+        candidates: label multisets of a guess to try, most likely first; the lowest objective wins.
+        project: keep the images in [0, 1] after every step (for Adam).
+        patience: a start has stalled when its best objective fell by less than a thousandth over so many evaluations.
+        limit: a start has diverged when the root mean square of (pixel − 0.5) exceeds this.
+        initial: gives the first start of some observations, say closed-form solutions.
+        general: use the path for any model even where a faster one is known to agree.
+    """
+
+    def __init__(
+        self,
+        *,
+        objective: Objective | None = None,
+        priors: Sequence[Prior] = (),
+        optimizer: Optimizer | None = None,
+        start: Literal["normal", "uniform", "grey"] = "normal",
+        restarts: int = 4,
+        max_evaluations: int = 2000,
+        tolerance: float = 1e-6,
+        objective_scale: float = 1000.0,
+        dtype: Literal["float32", "float64"] = "float32",
+        chunk_size: int | None = None,
+        trace_every: int = 0,
+        candidates: int = 1,
+        project: bool = False,
+        patience: int = 200,
+        limit: float = 10.0,
+        initial: Initial | None = None,
+        general: bool = False,
+    ) -> None:
+        _one_of("start", start, ("normal", "uniform", "grey"))
+        _one_of("dtype", dtype, ("float32", "float64"))
+        for name, value in (("restarts", restarts), ("max_evaluations", max_evaluations), ("candidates", candidates)):
+            if value < 1:
+                raise UsageError(f"inversion.{name}={value}: must be at least 1")
+        if chunk_size is not None and chunk_size < 1:
+            raise UsageError(f"inversion.chunk_size={chunk_size}: must be at least 1, or null for what memory holds")
+        self.objective = objective if objective is not None else L2()
+        self.priors = tuple(priors)
+        self.optimizer = optimizer if optimizer is not None else LBFGS()
+        self.start = start
+        self.restarts = restarts
+        self.max_evaluations = max_evaluations
+        self.tolerance = tolerance
+        self.objective_scale = objective_scale
+        self.dtype = torch.float64 if dtype == "float64" else torch.float32
+        self.chunk_size = chunk_size
+        self.trace_every = trace_every
+        self.candidates = candidates
+        self.project = project
+        self.patience = patience
+        self.limit = limit
+        self.initial = initial
+        self.general = general
+
+    def invert(
+        self,
+        observations: Sequence[Observation],
+        guesses: Sequence[LabelGuess | None],
+        knowledge: Knowledge,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        on_result: Callable[[int, Reconstruction], None] | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> list[Reconstruction]:
+        """Rebuild the private images behind each observation; see `Inversion.invert`.
+
+        An observation with an error gives grey images, a NaN objective and the error as its stop reason.
+
+        Raises:
+            UsageError: an observation does not fit the model, or its batch size is unknown.
+        """
+        if len(observations) != len(guesses):
+            raise UsageError(
+                f"invert: {len(observations)} observations but {len(guesses)} label guesses; give one each"
+            )
+        results = _Results(observations, knowledge, on_result, on_progress)
+        cases: list[_Case] = []
+        firsts = self.initial(observations, guesses, knowledge, device) if self.initial else [None] * len(guesses)
+        for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
+            if observation.error is None:
+                cases += self._cases(index, observation, guess, knowledge, firsts[index])
+        results.expect(cases)
+        for group in _groups(cases):
+            shared = group[0].victim if _same_weights(group) else None
+            distance = self._distance(knowledge, shared, group[0].victim, device)
+            _Solver(self, distance, knowledge, seed, results).solve(group)
+        return results.finished()
+
+    def _cases(
+        self, index: int, observation: Observation, guess: LabelGuess | None, knowledge: Knowledge, first: Tensor | None
+    ) -> list[_Case]:
+        """One case per observation, or one per sample where every sample's gradient is shared."""
+        gradient = observation.gradient()
+        order = [name for name, _ in knowledge.model.named_parameters()]
+        labels = None if guess is None else guess.labels[: self.candidates]
+        parts: list[dict[str, Tensor]] = [gradient]
+        each: Sequence[Tensor | None] = [labels]
+        firsts: Sequence[Tensor | None] = [first]
+        if observation.per_sample:
+            samples = len(next(iter(gradient.values())))
+            parts = [{name: value[i] for name, value in gradient.items()} for i in range(samples)]
+            each = [None] * samples if labels is None else _labels_per_sample(gradient, labels[0], knowledge.classes)
+            firsts = [None] * samples if first is None else [image[None] for image in first]
+        cases = []
+        for sample, (part, label, image) in enumerate(zip(parts, each, firsts, strict=True)):
+            victim = Victim(observation.parameters, observation.start_buffers, part)
+            check_update(
+                knowledge.model, victim, f"observation of round {observation.round} client {observation.client}"
+            )
+            victim = replace(victim, gradient={name: part[name] for name in order})
+            if label is not None:
+                size = label.shape[1]
+            elif observation.per_sample:
+                size = 1
+            elif observation.batch_size is None:
+                raise UsageError(
+                    "inversion: the batch size is withheld and no labels were inferred; "
+                    "grant it with threat.batch_size=true or choose a label inference that does without"
+                )
+            else:
+                size = observation.batch_size * (observation.local_steps or 1)
+            if image is not None and tuple(image.shape) != (size, *knowledge.image_shape):
+                raise UsageError(
+                    f"inversion.initial: images {list(image.shape)} for round {observation.round} client "
+                    f"{observation.client}, wanted {[size, *knowledge.image_shape]}"
+                )
+            cases.append(_Case(index, sample, observation, victim, size, label, image))
+        return cases
+
+    def _distance(
+        self, knowledge: Knowledge, shared: Victim | None, example: Victim, device: torch.device | str
+    ) -> Distance:
+        return VmapDistance(
+            knowledge.model,
+            self.objective,
+            shared=shared,
+            training_mode=knowledge.training_mode,
+            device=device,
+            dtype=self.dtype,
+        )
+
+    def first_point(self, case: _Case, attempt: int, knowledge: Knowledge, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Images ``[B, C, H, W]`` and, for a joint attack, logits ``[B, classes]`` that a start begins with.
+
+        Drawn from (seed, round, client, sample, attempt) alone.
+        """
+        observation = case.observation
+        key = (seed, observation.round, observation.client, case.sample, attempt)
+        entropy = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
+        shape = (case.size, *knowledge.image_shape)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        logits = torch.randn((case.size, knowledge.classes), generator=generator, dtype=torch.float64)
+        if attempt == 0 and case.initial is not None:
+            images = case.initial.double().cpu()
+        elif self.start == "normal":
+            images = noise
+        elif self.start == "uniform":
+            images = torch.rand(shape, generator=generator, dtype=torch.float64)
+        else:
+            quiet = attempt == 0 and case.size == 1
+            images = torch.full(shape, 0.5, dtype=torch.float64) + (0.0 if quiet else 0.1) * noise
+        return images, logits if case.labels is None else None
+
+
+@dataclass(eq=False)
+class _Case:
+    """One observation, or one sample of it, and the best that was found for it so far."""
+
+    index: int
+    sample: int
+    observation: Observation
+    victim: Victim
+    size: int
+    labels: Tensor | None  # [K, B] candidates, None for a joint attack
+    initial: Tensor | None
+    best: float = float("inf")
+    images: Tensor | None = None
+    best_labels: Tensor | None = None
+    stop_reason: str = "diverged"
+    evaluations: int = 0
+    seconds: float = 0.0
+    starts: int = 0
+    trace: list[tuple[int, float]] = field(default_factory=list)
+    details: dict[str, int] = field(default_factory=dict)
+
+    def attempt(self) -> tuple[int, int]:
+        """(restart, candidate) of the next start: every candidate once, then every candidate again."""
+        candidates = 1 if self.labels is None else len(self.labels)
+        return divmod(self.starts, candidates)
+
+
+class _Results:
+    """Collects finished cases into reconstructions and tells the caller."""
+
+    def __init__(
+        self,
+        observations: Sequence[Observation],
+        knowledge: Knowledge,
+        on_result: Callable[[int, Reconstruction], None] | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.observations = observations
+        self.knowledge = knowledge
+        self.on_result = on_result
+        self.on_progress = on_progress
+        self.reconstructions: dict[int, Reconstruction] = {}
+        self.cases: list[_Case] = []
+        self.open: dict[int, list[_Case]] = {}
+        self.evaluations = 0
+        self.began = self.told = time.perf_counter()
+        self.done: list[_Case] = []
+
+    def expect(self, cases: list[_Case]) -> None:
+        """Say which cases are to come; observations without any are unusable and reported at once."""
+        self.cases = cases
+        for case in cases:
+            self.open.setdefault(case.index, []).append(case)
+        for index, observation in enumerate(self.observations):
+            if index not in self.open:
+                size = (observation.batch_size or 1) * (1 if observation.per_sample else observation.local_steps or 1)
+                images = torch.full((size, *self.knowledge.image_shape), 0.5)
+                labels = torch.zeros(size, dtype=torch.long)
+                self._tell(index, images, labels, float("nan"), 0, 0.0, observation.error or "empty", 0)
+
+    def finish(self, case: _Case) -> None:
+        """A case is done; its observation is reported when it was the last one."""
+        self.done.append(case)
+        cases = self.open[case.index]
+        if any(other not in self.done for other in cases):
+            return
+        images = torch.cat([c.images if c.images is not None else self._grey(c) for c in cases])
+        labels = torch.cat([c.best_labels if c.best_labels is not None else self._guess(c) for c in cases])
+        worst = max(cases, key=lambda c: (REASONS.index(c.stop_reason) != 1, c.best))
+        details = dict(cases[0].details) if len(cases) == 1 else {}
+        self._tell(
+            case.index,
+            images,
+            labels,
+            sum(c.best for c in cases) / len(cases) if all(np.isfinite(c.best) for c in cases) else float("nan"),
+            sum(c.evaluations for c in cases),
+            sum(c.seconds for c in cases),
+            worst.stop_reason,
+            max(c.starts for c in cases),
+            cases[0].trace if len(cases) == 1 else [],
+            details,
+        )
+
+    def _grey(self, case: _Case) -> Tensor:
+        return torch.full((case.size, *self.knowledge.image_shape), 0.5)
+
+    def _guess(self, case: _Case) -> Tensor:
+        return torch.zeros(case.size, dtype=torch.long) if case.labels is None else case.labels[0].cpu()
+
+    def _tell(
+        self,
+        index: int,
+        images: Tensor,
+        labels: Tensor,
+        objective: float,
+        evaluations: int,
+        seconds: float,
+        stop_reason: str,
+        restarts: int,
+        trace: list[tuple[int, float]] | None = None,
+        details: dict[str, int] | None = None,
+    ) -> None:
+        observation = self.observations[index]
+        self.reconstructions[index] = result = Reconstruction(
+            round=observation.round,
+            client=observation.client,
+            images=images,
+            labels=labels,
+            objective=objective,
+            evaluations=evaluations,
+            seconds=seconds,
+            stop_reason=stop_reason,
+            restarts=restarts,
+            trace=trace or [],
+            details=dict(details or {}),
+        )
+        if self.on_result is not None:
+            self.on_result(index, result)
+
+    def progress(self, running: Callable[[], list[float]]) -> None:
+        """Tell the caller, at most five times a second; `running` gives the best objectives of running problems."""
+        now = time.perf_counter()
+        if self.on_progress is None or now - self.told < 0.2:
+            return
+        self.told = now
+        values = [case.best for case in self.done] + running()
+        self.on_progress(
+            Progress(
+                problems=len(self.cases),
+                done=len(self.done),
+                converged=sum(case.stop_reason == "converged" for case in self.done),
+                diverged=sum(case.stop_reason == "diverged" for case in self.done),
+                median_objective=float(np.median(values)) if values else float("nan"),
+                evaluations=self.evaluations,
+                evaluations_per_second=self.evaluations / (now - self.began),
+            )
+        )
+
+    def finished(self) -> list[Reconstruction]:
+        """All reconstructions, in the order of the observations."""
+        self.told = -1.0
+        self.progress(list)
+        return [self.reconstructions[index] for index in range(len(self.observations))]
+
+
+@dataclass
+class _Start:
+    """A running start of a case."""
+
+    case: _Case
+    restart: int
+    candidate: int
+    launched: int = 0  # iteration of the pool
+    clock: float = 0.0  # the pool's clock then, see _Solver._run
+    trace: list[tuple[int, float]] = field(default_factory=list)
+
+
+class _Solver:
+    """Runs the starts of cases that have the same shapes, as many at a time as memory holds."""
+
+    def __init__(
+        self, config: GradientMatching, distance: Distance, knowledge: Knowledge, seed: int, results: _Results
+    ) -> None:
+        self.config = config
+        self.distance = distance
+        self.knowledge = knowledge
+        self.seed = seed
+        self.results = results
+        self.running: list[_Start | None] = []
+
+    def solve(self, cases: list[_Case]) -> None:
+        """Run every case to its end."""
+        self.shape = (cases[0].size, *self.knowledge.image_shape)
+        self.pixels = int(np.prod(self.shape))
+        self.joint = cases[0].labels is None
+        queue = deque(self._next(case) for case in cases)
+        chunk = self.config.chunk_size or self._chunk()
+        while queue:
+            try:
+                self._run(queue, chunk)
+            except RuntimeError as error:
+                size = len(self.running)
+                if not _out_of_memory(error) or size <= 1:
+                    raise
+                chunk = size // 2
+                # Starts are deterministic: those that were interrupted begin again and end the same.
+                queue.extendleft(reversed([start for start in self.running if start is not None]))
+            self.running = []
+
+    def _next(self, case: _Case) -> _Start:
+        restart, candidate = case.attempt()
+        case.starts += 1
+        return _Start(case, restart, candidate)
+
+    def _chunk(self) -> int:
+        """How many problems half of the free memory holds."""
+        unknowns = self.pixels + (self.shape[0] * self.knowledge.classes if self.joint else 0)
+        state = self.config.optimizer.init(torch.zeros(1, unknowns, dtype=self.config.dtype))
+        optimizer = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        one = self.distance.bytes_per_problem(self.shape) + 2 * optimizer  # twice: dropping rows copies
+        return max(1, int(_free_memory(self.distance.device) / 2 / one))
+
+    def _launch(self, starts: list[_Start]) -> dict[str, Rows]:
+        """Fresh rows for these starts: the problems' data, the unknowns with their books, the optimiser's state."""
+        config, device = self.config, self.distance.device
+        points, labels = [], []
+        for start in starts:
+            images, logits = config.first_point(start.case, start.restart, self.knowledge, self.seed)
+            points.append(torch.cat([images.flatten(), logits.flatten()]) if logits is not None else images.flatten())
+            if start.case.labels is not None:
+                labels.append(start.case.labels[start.candidate])
+        x = torch.stack(points).to(device, config.dtype)
+        infinite = x.new_full((len(starts),), torch.inf)
+        own: Rows = {
+            "x": x,
+            "best_x": x.clone(),
+            "best": infinite,
+            "mark": infinite.clone(),  # best value when it last fell by a thousandth, and when that was
+            "marked": torch.zeros(len(starts), dtype=torch.long, device=device),
+            "evaluations": torch.zeros(len(starts), dtype=torch.long, device=device),
+        }
+        if labels:
+            one_hot = nn.functional.one_hot(torch.stack(labels), self.knowledge.classes)
+            own["labels"] = one_hot.to(device, config.dtype)
+        return {
+            "own": own,
+            "data": self.distance.load([start.case.victim for start in starts]),
+            "optimizer": config.optimizer.init(x),
+        }
+
+    def _run(self, queue: deque[_Start], chunk: int) -> None:
+        config, optimizer = self.config, self.config.optimizer
+        self.running = [queue.popleft() for _ in range(min(chunk, len(queue)))]
+        rows = self._launch([start for start in self.running if start is not None])
+        iteration, clock = 0, 0.0
+        while True:
+            began = time.perf_counter()
+            own = rows["own"]
+            live = sum(start is not None for start in self.running)
+            value, gradient = self._evaluate(rows)
+            iteration += 1
+            self.results.evaluations += live
+            codes = self._judge(own, value, gradient)
+            if config.trace_every:
+                self._trace(value, iteration)
+            self.results.progress(lambda best=own["best"]: best.tolist())  # type: ignore[misc]
+            ended = [slot for slot, code in enumerate(codes) if code and self.running[slot] is not None]
+            if ended:
+                self._record(own, ended, codes, iteration, clock, queue)
+                free = [slot for slot, start in enumerate(self.running) if start is None]
+                if len(free) == len(self.running) and not queue:
+                    return
+            fresh = [(slot, queue.popleft()) for slot in free[: len(queue)]] if ended else []
+            own["x"] = optimizer.step(
+                rows["optimizer"],
+                own["x"],
+                value * config.objective_scale,
+                gradient * config.objective_scale,
+                own["evaluations"] / config.max_evaluations,
+            )
+            if config.project:
+                own["x"][:, : self.pixels].clamp_(0, 1)
+            if fresh:
+                slots = torch.tensor([slot for slot, _ in fresh], device=self.distance.device)
+                for kind, new in self._launch([start for _, start in fresh]).items():
+                    for name in new:
+                        rows[kind][name][slots] = new[name]
+                for slot, start in fresh:
+                    start.launched, start.clock = iteration, clock
+                    self.running[slot] = start
+            free = [slot for slot, start in enumerate(self.running) if start is None]
+            if len(free) > len(self.running) // 8:
+                kept = [slot for slot, start in enumerate(self.running) if start is not None]
+                index = torch.tensor(kept, device=self.distance.device)
+                for tensors in rows.values():
+                    for name in tensors:
+                        tensors[name] = tensors[name][index]
+                self.running = [self.running[slot] for slot in kept]
+            clock += (time.perf_counter() - began) / live
+
+    def _evaluate(self, rows: dict[str, Rows]) -> tuple[Tensor, Tensor]:
+        """Objective plus priors ``[P]`` and its gradient ``[P, D]``, unscaled."""
+        own = rows["own"]
+        images = own["x"][:, : self.pixels].unflatten(1, self.shape)
+        logits = own["x"][:, self.pixels :].unflatten(1, (self.shape[0], -1)) if self.joint else None
+        labels = own["labels"] if logits is None else logits.softmax(2)
+        value, gradient, by_labels = self.distance.evaluate(rows["data"], images, labels, with_labels=self.joint)
+        if self.config.priors:
+            with torch.enable_grad():
+                images = images.detach().requires_grad_()
+                penalty = torch.stack([prior(images) for prior in self.config.priors]).sum(0)
+                value = value + penalty.detach()
+                gradient = gradient + torch.autograd.grad(penalty.sum(), images)[0]
+        gradient = gradient.flatten(1)
+        if by_labels is not None:
+            by_logits = labels * (by_labels - (labels * by_labels).sum(2, keepdim=True))
+            gradient = torch.cat([gradient, by_logits.flatten(1)], 1)
+        return value, gradient
+
+    def _judge(self, own: Rows, value: Tensor, gradient: Tensor) -> list[int]:
+        """Book the evaluation of every slot's `x`, and say which slots are to end: indices into REASONS."""
+        config = self.config
+        own["evaluations"] = evaluations = own["evaluations"] + 1
+        better = value < own["best"]  # False for NaN
+        own["best_x"] = torch.where(better[:, None], own["x"], own["best_x"])
+        own["best"] = best = torch.where(better, value, own["best"])
+        fell = best < 0.999 * own["mark"]
+        own["mark"] = torch.where(fell, best, own["mark"])
+        own["marked"] = marked = torch.where(fell, evaluations, own["marked"])
+        spread = (own["x"][:, : self.pixels] - 0.5).square().mean(1).sqrt()
+        sane = value.isfinite() & gradient.isfinite().all(1) & (spread <= config.limit)
+        code = torch.zeros_like(evaluations)
+        code = torch.where(evaluations >= config.max_evaluations, 4, code)
+        code = torch.where(evaluations - marked >= config.patience, 3, code)
+        code = torch.where(sane, code, 2)
+        code = torch.where(best <= config.tolerance, 1, code)
+        return code.tolist()
+
+    def _trace(self, value: Tensor, iteration: int) -> None:
+        due = [
+            (slot, start)
+            for slot, start in enumerate(self.running)
+            if start is not None and (iteration - start.launched) % self.config.trace_every == 0
+        ]
+        if due:
+            values = value.tolist()
+            for slot, start in due:
+                start.trace.append((iteration - start.launched, values[slot]))
+
+    def _record(
+        self, own: Rows, ended: list[int], codes: list[int], iteration: int, clock: float, queue: deque[_Start]
+    ) -> None:
+        """Book what these slots found; report cases that are done, queue the next start of those that are not."""
+        index = torch.tensor(ended, device=self.distance.device)
+        found, best = own["best_x"][index].cpu(), own["best"][index].tolist()
+        for slot, x, value in zip(ended, found, best, strict=True):
+            start = self.running[slot]
+            assert start is not None
+            self.running[slot] = None
+            case, reason = start.case, REASONS[codes[slot]]
+            case.evaluations += iteration - start.launched
+            case.seconds += clock - start.clock
+            if value < case.best:
+                case.best, case.stop_reason, case.trace = value, reason, start.trace
+                case.images = x[: self.pixels].unflatten(0, self.shape).float().clamp(0, 1)
+                case.details = {"start": start.restart, "candidate": start.candidate}
+                if case.labels is None:
+                    case.best_labels = x[self.pixels :].unflatten(0, (self.shape[0], -1)).argmax(1)
+                else:
+                    case.best_labels = case.labels[start.candidate].cpu()
+            if reason == "converged" or case.attempt()[0] >= self.config.restarts:
+                self.results.finish(case)
+            else:
+                queue.append(self._next(case))
+
+
+def _groups(cases: list[_Case]) -> list[list[_Case]]:
+    """Cases that can be stacked: the same number of images, and labels either known or sought."""
+    groups: dict[tuple[int, bool], list[_Case]] = {}
+    for case in cases:
+        groups.setdefault((case.size, case.labels is None), []).append(case)
+    return list(groups.values())
+
+
+def _same_weights(cases: list[_Case]) -> bool:
+    """Whether all cases start from the same parameters and buffers."""
+    first = cases[0].victim
+    return all(
+        a is b or torch.equal(a, b)
+        for case in cases[1:]
+        for mine, theirs in ((first.parameters, case.victim.parameters), (first.buffers, case.victim.buffers))
+        for a, b in ((mine[name], theirs[name]) for name in mine)
+    )
+
+
+def _labels_per_sample(gradient: dict[str, Tensor], guess: Tensor, classes: int) -> list[Tensor]:
+    """Which label of a sorted guess belongs to which sample, ``[1, 1]`` each.
+
+    A single sample's own class has the only negative row in the last layer's gradient (Zhao 2020).
+    """
+    last = [g for g in gradient.values() if g.dim() == 3 and g.shape[1] == classes]
+    labels = guess
+    if last:
+        rule = last[-1].sum(2).argmin(1).cpu()
+        if torch.equal(rule.sort().values, guess.cpu().sort().values):
+            labels = rule
+    return [label.reshape(1, 1) for label in labels]
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 4 * 2**30
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"inversion.{name}={value}: choose one of {', '.join(allowed)}")

@@ -1,0 +1,227 @@
+"""Batched optimisers: P independent problems step together, each with its own state.
+
+An optimiser is a pair of functions in the manner of optax: `init` makes a state, `step` reads a gradient and moves.
+Every tensor of a state has the problems as its first dimension, so a caller drops, adds or restarts problems by
+indexing; no step of one problem reads another problem's row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Optimizer(ABC):
+    """Minimises P functions of D unknowns at once, one evaluation of value and gradient per step."""
+
+    @abstractmethod
+    def init(self, x: Tensor) -> State:
+        """The state of problems that start at `x` ``[P, D]``; every tensor has leading dimension P."""
+
+    @abstractmethod
+    def step(self, state: State, x: Tensor, value: Tensor, gradient: Tensor, progress: Tensor) -> Tensor:
+        """The next points to evaluate, ``[P, D]``; `state` is updated in place.
+
+        Args:
+            state: from `init`, for these P problems.
+            x: ``[P, D]``, the points that were evaluated.
+            value: ``[P]``, the function there.
+            gradient: ``[P, D]``, its gradient there.
+            progress: ``[P]`` in [0, 1), the share of each problem's evaluation budget that is used up.
+        """
+
+
+class LBFGS(Optimizer):
+    """Limited-memory BFGS that follows the path of `torch.optim.LBFGS`, for many problems at once.
+
+    The direction comes from the compact representation (Byrd, Nocedal, Schnabel 1994): two passes over the history as
+    matrix products and two m×m triangular solves, instead of a loop over the m stored pairs.
+
+    Args:
+        lr: step length; 1 as in DLG and iDLG.
+        history_size: pairs (s, y) kept; memory is 2 · history_size · D numbers per problem.
+        line_search: None takes every step; ``backtracking`` halves a step until the value falls enough (Armijo).
+        max_step: longest change of any one unknown in a step, None for no limit.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 1.0,
+        history_size: int = 100,
+        line_search: Literal["backtracking"] | None = None,
+        max_step: float | None = None,
+    ) -> None:
+        self.lr = lr
+        self.history_size = history_size
+        self.line_search = line_search
+        self.max_step = max_step
+
+    def init(self, x: Tensor) -> State:
+        """Empty histories for problems that start at `x` ``[P, D]``."""
+        problems, unknowns = x.shape
+        m = self.history_size
+        state = {
+            "count": x.new_zeros(problems, dtype=torch.long),  # pairs ever stored
+            "steps": x.new_zeros(problems, dtype=torch.long),
+            "pairs": x.new_zeros(problems, 2, m, unknowns),  # s and y, a ring in `count % m`
+            "sy": x.new_zeros(problems, m, m, dtype=torch.float64),  # ⟨s_i, y_j⟩, for i stored before or with j
+            "yy": x.new_zeros(problems, m, m, dtype=torch.float64),
+            "gamma": x.new_ones(problems),
+            "gradient": torch.zeros_like(x),  # of the last accepted point
+            "move": torch.zeros_like(x),  # last step: x - last accepted point
+        }
+        if self.line_search is not None:
+            state |= {
+                "value": x.new_full((problems,), torch.inf),
+                "slope": x.new_zeros(problems),  # ⟨gradient, move⟩
+                "halvings": x.new_zeros(problems, dtype=torch.long),
+            }
+        return state
+
+    def step(self, state: State, x: Tensor, value: Tensor, gradient: Tensor, progress: Tensor) -> Tensor:
+        """One L-BFGS step (or one halving of the last step) for every problem."""
+        first = state["steps"] == 0
+        if self.line_search is None:
+            accepted = torch.ones_like(first)
+        else:
+            enough = value <= state["value"] + 1e-4 * state["slope"]
+            accepted = enough | first | (state["halvings"] >= 20)
+        s, y = state["move"], gradient - state["gradient"]
+        learned = self._remember(state, s, y, accepted & ~first)
+        length = torch.where(first, (1 / gradient.abs().sum(1)).clamp_max(1.0), 1.0) * self.lr
+        move = length[:, None] * self._direction(state, gradient, y, learned)
+        if self.max_step is not None:
+            move = move * (self.max_step / move.abs().amax(1, keepdim=True)).clamp_max(1.0)
+        if self.line_search is None:
+            state |= {"steps": state["steps"] + 1, "gradient": gradient, "move": move}
+            return x + move
+        keep = accepted[:, None]
+        halved = s / 2
+        slope = torch.where(accepted, (gradient * move).sum(1), state["slope"] / 2)
+        state |= {
+            "steps": state["steps"] + accepted,
+            "gradient": torch.where(keep, gradient, state["gradient"]),
+            "move": torch.where(keep, move, halved),
+            "value": torch.where(accepted, value, state["value"]),
+            "slope": slope,
+            "halvings": torch.where(accepted, 0, state["halvings"] + 1),
+        }
+        return torch.where(keep, x + move, x - halved)  # rejected: back to the middle of the last step
+
+    def _remember(self, state: State, s: Tensor, y: Tensor, wanted: Tensor) -> Tensor:
+        """Store (s, y) where wanted and the curvature is positive enough (torch.optim.LBFGS's rule); say where."""
+        ys = (s * y).sum(1)
+        learn = wanted & (ys > 1e-10)
+        rows = learn.nonzero().squeeze(1)
+        slots = state["count"][rows] % self.history_size
+        state["pairs"][rows, 0, slots] = s[rows]
+        state["pairs"][rows, 1, slots] = y[rows]
+        state["gamma"] = torch.where(learn, ys / y.square().sum(1), state["gamma"])
+        state["count"] = state["count"] + learn
+        return learn
+
+    def _direction(self, state: State, gradient: Tensor, y: Tensor, learned: Tensor) -> Tensor:
+        """−H·g, ``[P, D]``; also brings the table of inner products up to date with the newest pair."""
+        used = int(state["count"].max().clamp_max(self.history_size))
+        gamma = state["gamma"][:, None]
+        if used == 0:
+            return -gamma * gradient
+        # One pass over the history gives its products with the gradient and with the newest y.
+        history, sy, yy = state["pairs"][:, :, :used], state["sy"], state["yy"]
+        probes = torch.stack([gradient, y], 1).mT
+        with_s, with_y = ((history[:, k] @ probes).double() for k in (0, 1))
+        rows = torch.arange(len(y), device=y.device)
+        slot = (state["count"] - 1).clamp_min(0) % self.history_size
+        newest = learned[:, None]
+        sy[rows, :used, slot] = torch.where(newest, with_s[..., 1], sy[rows, :used, slot])
+        yy[rows, :used, slot] = torch.where(newest, with_y[..., 1], yy[rows, :used, slot])
+        yy[rows, slot, :used] = yy[rows, :used, slot]
+        by_s, by_y = self._coefficients(state, with_s[..., 0], with_y[..., 0], used)
+        direction = -gamma * gradient
+        for k, by in enumerate((by_s, by_y)):
+            direction -= torch.bmm(by.to(y.dtype)[:, None], history[:, k]).squeeze(1)
+        return direction
+
+    def _coefficients(self, state: State, s_g: Tensor, y_g: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """What each s and y is multiplied with in H·g − γ·g, ``[P, used]`` each, in ring order."""
+        m = self.history_size
+        count = state["count"]
+        sy, yy = state["sy"][:, :used, :used], state["yy"][:, :used, :used]
+        place = torch.arange(used, device=count.device)
+        # Oldest first: slot (count + i) % m once the ring is full, slot i before.
+        offset = torch.where(count > m, count % m, 0)
+        order = (place[None] + offset[:, None]) % used
+        filled = place[None] < count[:, None]
+        ring = bool((count > m).any())
+        if ring:
+            s_g, y_g = s_g.gather(1, order), y_g.gather(1, order)
+            columns = order[:, None, :].expand(-1, used, -1)
+            lines = order[:, :, None].expand(-1, -1, used)
+            sy = sy.gather(1, lines).gather(2, columns)
+            yy = yy.gather(1, lines).gather(2, columns)
+        diagonal = torch.where(filled, sy.diagonal(dim1=1, dim2=2), 0.0)
+        upper = sy.triu() + torch.diag_embed(torch.where(filled, 0.0, 1.0).to(sy.dtype))
+        gamma = state["gamma"].double()[:, None]
+        s_g, y_g = torch.where(filled, s_g, 0.0), torch.where(filled, y_g, 0.0)
+        u = torch.linalg.solve_triangular(upper, s_g[..., None], upper=True)
+        right = diagonal[..., None] * u + gamma[..., None] * (yy @ u) - (gamma * y_g)[..., None]
+        w = torch.linalg.solve_triangular(upper.mT, right, upper=False).squeeze(2)
+        by_y = -gamma * u.squeeze(2)
+        if ring:
+            w = torch.zeros_like(w).scatter_(1, order, w)
+            by_y = torch.zeros_like(by_y).scatter_(1, order, by_y)
+        return w, by_y
+
+
+class Adam(Optimizer):
+    """Adam (Kingma 2015), optionally on the sign of the gradient with step drops (Geiping 2020).
+
+    Args:
+        lr: step length, in image units.
+        betas: decay of the running mean and of the running square.
+        eps: added to the root of the running square.
+        signed: step on the sign of the gradient.
+        schedule: ``constant``, or ``drops``: a tenth of the step after 3/8, 5/8 and 7/8 of the budget each.
+    """
+
+    def __init__(
+        self,
+        *,
+        lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        signed: bool = False,
+        schedule: Literal["constant", "drops"] = "constant",
+    ) -> None:
+        self.lr = lr
+        self.betas = (betas[0], betas[1])
+        self.eps = eps
+        self.signed = signed
+        self.schedule = schedule
+
+    def init(self, x: Tensor) -> State:
+        """Zero moments for problems that start at `x` ``[P, D]``."""
+        steps = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        return {"steps": steps, "mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
+
+    def step(self, state: State, x: Tensor, value: Tensor, gradient: Tensor, progress: Tensor) -> Tensor:
+        """One Adam step for every problem."""
+        if self.signed:
+            gradient = gradient.sign()
+        first, second = self.betas
+        state["steps"] += 1
+        state["mean"].mul_(first).add_(gradient, alpha=1 - first)
+        state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        correction = (1 - second ** state["steps"]).sqrt()
+        lr = self.lr / (1 - first ** state["steps"])
+        if self.schedule == "drops":
+            drops = sum((progress >= at).double() for at in (3 / 8, 5 / 8, 7 / 8))
+            lr = lr * 0.1**drops
+        denominator = state["square"].sqrt() / correction[:, None].to(x.dtype) + self.eps
+        return x - lr[:, None].to(x.dtype) * state["mean"] / denominator
