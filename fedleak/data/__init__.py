@@ -1,6 +1,17 @@
 """Data sets and the ways to split them over clients."""
 
-from fedleak.data.datasets import ImageData, digits, to_float
+from fedleak.data.datasets import (
+    ImageData,
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+    image_folder,
+    lfw,
+    mnist,
+    svhn,
+    to_float,
+)
 from fedleak.data.partition import IID, Biased, Dirichlet, Partitioner, Shards
 
 __all__ = [
@@ -10,6 +21,13 @@ __all__ = [
     "ImageData",
     "Partitioner",
     "Shards",
+    "cifar10",
+    "cifar100",
     "digits",
+    "fashion_mnist",
+    "image_folder",
+    "lfw",
+    "mnist",
+    "svhn",
     "to_float",
 ]

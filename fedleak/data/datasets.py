@@ -1,4 +1,18 @@
-"""Data sets as plain arrays. Every loader has the same arguments, so that `data=NAME` is all that changes."""
+"""Data sets as plain arrays. Every loader takes the same arguments, so that ``data=NAME`` is all that changes.
+
+The files are read here, in the layout that torchvision keeps under `root`, and torchvision (scikit-learn for LFW) only
+downloads them: so that copies and subsets without the published checksums work too.
+
+Args of every loader:
+    root: the folder that torchvision calls root; None is ./data.
+    download: fetch the files into `root` if they are not there.
+    image_size: resize to this height and width in pixels, bilinearly; None keeps the data set's own.
+    limit: at most so many training images, a fixed random subset.
+
+Raises of every loader:
+    UsageError: `root` or its files are missing or broken, or an argument is impossible.
+    FedleakError: a download failed.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fedleak.data.files import find, folder_of, pair, read_idx, reading, shown, unpickle
+from fedleak.data.folders import class_folders, decode_all, hold_out
 from fedleak.errors import UsageError
 
-DEFAULT_ROOT = "./data"
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 FASHION_NAMES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 ]  # fmt: skip
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-HELD_OUT = 5  # one image in so many is held out for testing where the data set has no test split of its own
 FIXED_SEED = 0  # splits and subsets are part of the data set: they do not move with the run's seed
 
 
@@ -62,31 +76,253 @@ def to_float(images: Tensor) -> Tensor:
 def digits(
     *, root: str | None = None, download: bool = False, image_size: int | None = 28, limit: int | None = None
 ) -> ImageData:
-    """Handwritten digits from inside scikit-learn (UCI, Alpaydin and Kaynak 1998): real images, no download.
+    """Handwritten digits from inside scikit-learn (UCI; Alpaydin and Kaynak 1998): real images, no download.
 
-    1,797 images of 8×8 pixels in 17 grey levels, enlarged bilinearly; one in five is held out.
-
-    Args:
-        root: not used; it must exist if given.
-        download: not used.
-        image_size: height and width in pixels.
-        limit: at most so many training images, a fixed random subset.
-
-    Raises:
-        UsageError: an impossible `image_size` or `limit`, or a `root` that does not exist.
+    1,797 images of 8×8 pixels in 17 grey levels, enlarged bilinearly to `image_size`; one in five is held out.
+    `root` and `download` are not used, but a `root` that does not exist is an error here too.
     """
     from sklearn.datasets import load_digits
 
-    if root is not None:
-        _folder(root, "data=digits is inside scikit-learn and needs no files: leave data.root=null")
+    if root is not None and not folder_of(root).is_dir():
+        raise UsageError(f"data.root={root} does not exist; data=digits needs no files: leave data.root=null")
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32).unsqueeze(1) * (255 / 16)
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(FIXED_SEED))
-    test, train = order[: len(labels) // HELD_OUT], order[len(labels) // HELD_OUT :]
-    return _finish(
-        "digits", (images[train], labels[train]), (images[test], labels[test]), DIGIT_NAMES, image_size or 8, limit
+    test, train = order[: len(labels) // 5], order[len(labels) // 5 :]
+    size = 8 if image_size is None else image_size
+    return _finish("digits", (images[train], labels[train]), (images[test], labels[test]), DIGIT_NAMES, size, limit)
+
+
+def mnist(
+    *, root: str | None = None, download: bool = False, image_size: int | None = None, limit: int | None = None
+) -> ImageData:
+    """MNIST (LeCun et al. 1998): handwritten digits, 60,000 + 10,000, 1×28×28; root/MNIST/raw/*-ubyte or *-ubyte.gz."""
+    return _idx("mnist", "MNIST", DIGIT_NAMES, root, download, image_size, limit)
+
+
+def fashion_mnist(
+    *, root: str | None = None, download: bool = False, image_size: int | None = None, limit: int | None = None
+) -> ImageData:
+    """Fashion-MNIST (Xiao et al. 2017): clothes, 60,000 + 10,000, 1×28×28; root/FashionMNIST/raw/*-ubyte(.gz)."""
+    return _idx("fashion_mnist", "FashionMNIST", FASHION_NAMES, root, download, image_size, limit)
+
+
+def cifar10(
+    *, root: str | None = None, download: bool = False, image_size: int | None = None, limit: int | None = None
+) -> ImageData:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 + 10,000, 3×32×32; root/cifar-10-batches-py/."""
+    train = [f"data_batch_{part}" for part in range(1, 6)]
+    location = "cifar-10-batches-py", train, "test_batch", "batches.meta"
+    return _cifar("cifar10", "CIFAR10", location, ("labels", "label_names"), root, download, image_size, limit)
+
+
+def cifar100(
+    *, root: str | None = None, download: bool = False, image_size: int | None = None, limit: int | None = None
+) -> ImageData:
+    """CIFAR-100 (Krizhevsky 2009), fine labels: 50,000 + 10,000, 3×32×32; root/cifar-100-python/."""
+    location = "cifar-100-python", ["train"], "test", "meta"
+    keys = "fine_labels", "fine_label_names"
+    return _cifar("cifar100", "CIFAR100", location, keys, root, download, image_size, limit)
+
+
+def svhn(
+    *, root: str | None = None, download: bool = False, image_size: int | None = None, limit: int | None = None
+) -> ImageData:
+    """SVHN (Netzer et al. 2011): house numbers, 73,257 + 26,032, 3×32×32; root/train_32x32.mat and test_32x32.mat."""
+    from scipy.io import loadmat
+
+    def fetch(path: Path) -> None:
+        from torchvision.datasets import SVHN
+
+        for split in ("train", "test"):
+            SVHN(str(path), split=split, download=True)
+
+    names = ["train_32x32.mat", "test_32x32.mat"]
+    splits = []
+    for path in find("svhn", root, download, "", [[name] for name in names], fetch):
+        with reading(root, path):
+            content = loadmat(path)
+            labels = content["y"].reshape(-1).astype(np.int64) % 10  # the files call the digit 0 a 10
+            splits.append(pair(content["X"].transpose(3, 2, 0, 1), labels))
+    return _finish("svhn", splits[0], splits[1], DIGIT_NAMES, image_size, limit)
+
+
+def lfw(
+    *,
+    root: str | None = None,
+    download: bool = False,
+    image_size: int | None = 32,
+    limit: int | None = None,
+    min_images: int = 1,
+) -> ImageData:
+    """Labeled Faces in the Wild (Huang et al. 2007): 13,233 colour photographs of 5,749 people, a class a person.
+
+    Read from a folder of a folder a person: root/lfw-py/lfw_funneled as torchvision has it, the same with ``lfw`` or
+    ``lfw-deepfunneled``, root/lfw_home/lfw_funneled (scikit-learn, which does the download), or `root` itself. One
+    image in five of each person is held out (at least one; none of a person with a single image).
+
+    Args:
+        root, download, image_size, limit: as for every loader.
+        min_images: only people with at least so many images.
+    """
+    _whole("data.min_images", min_images)
+
+    def fetch(path: Path) -> None:
+        from sklearn.datasets import fetch_lfw_people
+
+        fetch_lfw_people(data_home=str(path), min_faces_per_person=500)  # downloads all, then reads one person
+
+    sets = ["lfw_funneled", "lfw", "lfw-deepfunneled"]
+    places = [f"{parent}{name}" for parent in ("lfw-py/", "lfw_home/", "") for name in sets]
+    if any(folder_of(root).glob("*/*.jpg")):
+        places.append(".")
+    (folder,) = find(
+        "lfw", root, download, "", [places], fetch, what="the folder lfw-py/lfw_funneled of people's folders"
     )
+    people = {name: files for name, files in class_folders(folder, shown(root)).items() if len(files) >= min_images}
+    if len(people) < 2:
+        raise UsageError(f"data.min_images={min_images} leaves {len(people)} people of {folder}; give a smaller number")
+    train, test = hold_out(people, FIXED_SEED)
+    return _decode("lfw", root, train, test, list(people), image_size, limit, channels=3)
+
+
+def image_folder(
+    *,
+    root: str | None = None,
+    download: bool = False,
+    image_size: int | None = 32,
+    limit: int | None = None,
+    channels: int = 3,
+) -> ImageData:
+    """Anyone's images: a folder of a folder a class, in any format that Pillow reads.
+
+    `root` holds the class folders, or ``train`` and ``test`` that each hold them. Without ``test`` one image in five of
+    each class is held out (at least one; none of a class with a single image). Images are scaled so that the shorter
+    side fits, and cropped to the centre. Hidden files and files without an image's suffix are skipped.
+
+    Args:
+        root: the folder; has no default here.
+        download: not used.
+        image_size: height and width in pixels; required.
+        limit: as for every loader.
+        channels: 3 (RGB) or 1 (grey).
+
+    Raises:
+        UsageError: as for every loader; also for an image that cannot be read, a class folder without images, fewer
+            than two classes, or a class in ``test`` alone.
+    """
+    if channels not in (1, 3) or isinstance(channels, bool):
+        raise UsageError(f"data.channels={channels} is impossible; give 3 for colour or 1 for grey")
+    if root is None:
+        raise UsageError(
+            "data.root=null names no images; give data=image_folder the folder that holds a folder a class"
+        )
+    path, mend = folder_of(root), "give the folder that holds a folder of images a class"
+    if not path.is_dir():
+        raise UsageError(f"data.root={root} {'is a file' if path.exists() else 'does not exist'}; {mend}")
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        train, test = class_folders(path / "train", shown(root)), class_folders(path / "test", shown(root))
+        if strange := [name for name in test if name not in train]:
+            raise UsageError(f"data.root={root} has class {strange[0]} in test and not in train; give both the same")
+        names = list(train)
+    else:
+        classes = class_folders(path, shown(root))
+        names = list(classes)
+        train, test = hold_out(classes, FIXED_SEED)
+    if len(names) < 2:
+        raise UsageError(f"data.root={root} has one class, {names[0]}; {mend}, at least two")
+    return _decode("image_folder", root, train, test, names, image_size, limit, channels)
+
+
+# --- formats that two data sets share ---------------------------------------------------------------------------------
+
+
+def _idx(
+    name: str,
+    torchvision_name: str,
+    class_names: list[str],
+    root: str | None,
+    download: bool,
+    image_size: int | None,
+    limit: int | None,
+) -> ImageData:
+    """A data set in MNIST's format."""
+
+    def fetch(path: Path) -> None:
+        import torchvision.datasets
+
+        getattr(torchvision.datasets, torchvision_name)(str(path), download=True)
+
+    files = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    alternatives = [[file, f"{file}.gz"] for file in files]
+    paths = find(name, root, download, f"{torchvision_name}/raw", alternatives, fetch)
+    splits = []
+    for images, labels in (paths[:2], paths[2:]):
+        with reading(root, images):
+            pixels = read_idx(images)[:, None]
+        with reading(root, labels):
+            splits.append(pair(pixels, read_idx(labels)))
+    return _finish(name, splits[0], splits[1], class_names, image_size, limit)
+
+
+def _cifar(
+    name: str,
+    torchvision_name: str,
+    location: tuple[str, list[str], str, str],
+    keys: tuple[str, str],
+    root: str | None,
+    download: bool,
+    image_size: int | None,
+    limit: int | None,
+) -> ImageData:
+    """A data set in CIFAR's format."""
+
+    def fetch(path: Path) -> None:
+        import torchvision.datasets
+
+        getattr(torchvision.datasets, torchvision_name)(str(path), download=True)
+
+    folder, train_files, test_file, names_file = location
+    labels_key, names_key = keys
+    files = [*train_files, test_file, names_file]
+    paths = find(name, root, download, folder, [[file] for file in files], fetch)
+    parts = []
+    for path in paths[:-1]:
+        with reading(root, path):
+            content = unpickle(path)
+            parts.append(pair(np.asarray(content["data"]).reshape(-1, 3, 32, 32), np.asarray(content[labels_key])))
+    with reading(root, paths[-1]):
+        class_names = [str(class_name) for class_name in unpickle(paths[-1])[names_key]]
+    train = torch.cat([images for images, _ in parts[:-1]]), torch.cat([labels for _, labels in parts[:-1]])
+    return _finish(name, train, parts[-1], class_names, image_size, limit)
+
+
+def _decode(
+    name: str,
+    root: str | None,
+    train: dict[str, list[Path]],
+    test: dict[str, list[Path]],
+    class_names: list[str],
+    image_size: int | None,
+    limit: int | None,
+    channels: int,
+) -> ImageData:
+    """Read class folders; only those images that `limit` leaves."""
+    if image_size is None:
+        raise UsageError(f"data.image_size=null leaves images of different sizes; give data={name} a size, say 32")
+    _whole("data.image_size", image_size)
+    label = {class_name: index for index, class_name in enumerate(class_names)}
+    pairs = []
+    for files, most in ((train, limit), (test, None)):
+        listed = [(path, label[class_name]) for class_name, paths in files.items() for path in paths]
+        chosen = [listed[index] for index in _subset(len(listed), most).tolist()]
+        images = decode_all([path for path, _ in chosen], image_size, channels, shown(root))
+        pairs.append((images, torch.tensor([index for _, index in chosen], dtype=torch.int64)))
+    return _finish(name, pairs[0], pairs[1], class_names, image_size, limit)
+
+
+# --- what all have in common -----------------------------------------------------------------------------------------
 
 
 def _finish(
@@ -97,12 +333,14 @@ def _finish(
     image_size: int | None,
     limit: int | None,
 ) -> ImageData:
-    """Subset, resize, and check what a loader read; images ``[N, C, H, W]`` on the scale [0, 255]."""
+    """Take the subset, resize, and check what a loader read: images ``[N, C, H, W]`` on the scale [0, 255]."""
     chosen = _subset(len(train[1]), limit)
     (train_images, train_labels), (test_images, test_labels) = (train[0][chosen], train[1][chosen]), test
-    labels = torch.cat([train_labels, test_labels])
     if len(train_labels) == 0 or len(test_labels) == 0:
-        raise UsageError(f"data={name} has {len(train_labels)} training and {len(test_labels)} test images; needs both")
+        raise UsageError(
+            f"data={name} has {len(train_labels)} training and {len(test_labels)} test images; needs some of both"
+        )
+    labels = torch.cat([train_labels, test_labels])
     if int(labels.min()) < 0 or int(labels.max()) >= len(class_names):
         raise UsageError(
             f"data={name} has labels from {int(labels.min())} to {int(labels.max())} for {len(class_names)} classes; "
@@ -131,27 +369,18 @@ def _resize(images: Tensor, size: int | None) -> Tensor:
     if size is not None:
         _whole("data.image_size", size)
         if images.shape[-2:] != (size, size):
-            images = torch.cat(
-                [
-                    torch.nn.functional.interpolate(
-                        part.to(torch.float32), size=(size, size), mode="bilinear", antialias=True
-                    )
-                    for part in images.split(1024)  # in parts: as float32 a whole data set is four times as large
-                ]
-            )
+            images = torch.cat([_interpolate(part, size) for part in images.split(1024)])
     return images.round().clamp(0, 255).to(torch.uint8) if images.is_floating_point() else images
+
+
+def _interpolate(images: Tensor, size: int) -> Tensor:
+    resized = torch.nn.functional.interpolate(
+        images.to(torch.float32), size=(size, size), mode="bilinear", antialias=True
+    )
+    return resized.round().clamp(0, 255).to(torch.uint8)  # at once: float32 takes four times the memory
 
 
 def _whole(key: str, value: Any) -> None:
     """Refuse anything but a whole number above 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UsageError(f"{key}={value} is impossible; give a whole number above 0 or null")
-
-
-def _folder(root: str | None, mend: str) -> Path:
-    """The folder that `root` names (`DEFAULT_ROOT` for None), which must exist."""
-    path = Path(DEFAULT_ROOT if root is None else root).expanduser()
-    if not path.is_dir():
-        what = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UsageError(f"data.root={path if root is None else root} {what}; {mend}")
-    return path
+        raise UsageError(f"{key}={value} is impossible; give a whole number above 0")
