@@ -33,11 +33,18 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     Raises:
         UsageError: an override cannot be read, or names a key or a choice that does not exist.
     """
+    parse(overrides)
+    try:
+        return _compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = error
+    # Outside the handler: explaining composes again, which Hydra allows one at a time.
+    raise UsageError(_explain(problem, overrides)) from problem
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        try:
-            return compose("config", overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UsageError(_explain(error, overrides)) from error
+        return compose("config", overrides=list(overrides))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def _one_of(*values: str) -> Rule:
 
 YES_NO = Rule(lambda v: isinstance(v, bool), "true or false")
 RULES: Mapping[str, Rule] = {
-    "seed": Rule(lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0, "a whole number from 0"),
+    "seed": _whole(0),
     "device": _one_of("auto", "cpu", "cuda"),
     "output_dir": Rule(lambda v: isinstance(v, str) and v != "", "a folder"),
     "federation.clients": _whole(1),
@@ -121,7 +128,10 @@ RULES: Mapping[str, Rule] = {
     "attack.name": Rule(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+-]+", v) is not None, "a plain name"),
     "attack.restarts": _whole(1),
     "attack.max_evaluations": _whole(1),
-    "attack.every": _whole(1),
+    "attack.every": Rule(
+        lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
+        "a whole number from 1, or auto",
+    ),
     "attack.candidates": _whole(1),
     "attack.clients": Rule(
         lambda v: v == "all" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
@@ -172,20 +182,18 @@ def _first_line(error: BaseException) -> str:
 def _explain(error: BaseException, overrides: Sequence[str]) -> str:
     """One line from Hydra's several."""
     text = str(error)
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text) or re.search(
-        r"Could not override '([^'@]+)[^']*'.*?(?:No match)", text, re.S
-    ):
-        group = found.group(1)
-        available = [name for name, _ in choices().get(group, [])]
-        if len(found.groups()) == 2:
-            name = found.group(2)
-            if available:
-                return f"{group}={name}: no such choice; {_suggest_choice(name, available)}"
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        group, name = found.groups()
+        available = re.findall(r"^\t(\S+)$", text, re.M) or [name for name, _ in choices().get(group, [])]
+        if not available:
             return f"{group}={name}: no such group; {_suggest(group, list(choices()))}"
-        return f"{group}: cannot be chosen here; {_suggest(group, list(choices()))}"
-    if found := re.search(r"Could not override '([^']+)'", text):
+        return f"{group}={name}: no such choice; {_suggest_choice(name, available)}"
+    if found := re.search(r"Could not override '([^'@]+)", text):
         key = found.group(1)
-        return f"{key}: unknown key; {_suggest_key(key, overrides)}"
+        if "/" in key:
+            return f"{key}: cannot be chosen here; {_suggest(key, list(choices()))}"
+        given = next((o.lstrip("+") for o in overrides if o.lstrip("+").startswith(key + "=")), key)
+        return f"{given}: unknown key; {_suggest_key(key, overrides)}"
     return f"{_first_line(error)}; see fedleak run --help"
 
 
@@ -198,21 +206,27 @@ def _suggest_key(key: str, overrides: Sequence[str]) -> str:
     """What the user may have meant: a key of the config as composed without the unknown ones."""
     groups = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0].lstrip("+~") in choices()]
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = compose("config", overrides=groups)
+        config = _compose(groups)
     except (HydraException, OmegaConfBaseException):
         return "see fedleak run --help"
     known = _keys(OmegaConf.to_container(config, resolve=False))
+    parent, _, last = key.rpartition(".")
+    having = [name for name, _ in choices().get(parent, []) if last in _keys_of_choice(parent, name)]
+    if having:
+        return f"it belongs to {' or '.join(f'{parent}={name}' for name in having)}"
     close = difflib.get_close_matches(key, known, 1, cutoff=0.75)
     if close:
         return f"did you mean {close[0]}?"
-    parent = key.rpartition(".")[0]
     siblings = [k for k in known if k.startswith(parent + ".") and not k.endswith("_target_")] if parent else []
     if siblings:
         return f"known: {', '.join(siblings)}"
     if parent and parent in config and "_target_" in (config[parent] or {}):
         return f"this choice of {parent} takes no such key; see fedleak list"
     return f"known: {', '.join(k for k in known if '.' not in k)}"
+
+
+def _keys_of_choice(group: str, name: str) -> list[str]:
+    return [str(key) for key in OmegaConf.load(conf_dir() / group / f"{name}.yaml")]
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

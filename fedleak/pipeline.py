@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -171,13 +172,18 @@ def build_attack(config: Mapping[str, Any]) -> Attack | None:
     )
 
 
-def choose_victims(rows: Sequence[Mapping[str, Any]], every: int, clients: int | str) -> list[Mapping[str, Any]]:
-    """Rounds 1, 1 + every, …, and of each the first `clients` by number (all of them for ``all``)."""
+def choose_victims(rows: Sequence[Mapping[str, Any]], every: int | str, clients: int | str) -> list[Mapping[str, Any]]:
+    """Rounds 1, 1 + every, …, and of each the first `clients` by number (all of them for ``all``).
+
+    ``auto`` attacks every round of a short federation, and about ten of a long one.
+    """
+    if every == "auto":
+        every = math.ceil(max((row["round"] for row in rows), default=1) / 10)
     victims: list[Mapping[str, Any]] = []
     taken: dict[int, int] = {}
     for row in rows:
         number = row["round"]
-        if (number - 1) % every == 0 and (clients == "all" or taken.get(number, 0) < int(clients)):
+        if (number - 1) % int(every) == 0 and (clients == "all" or taken.get(number, 0) < int(clients)):
             taken[number] = taken.get(number, 0) + 1
             victims.append(row)
     return victims
@@ -264,7 +270,7 @@ def update_residual(
     except RuntimeError:  # a truth file with another number of samples
         return None
     size = sum(float(change(again, n).square().sum()) for n in again)
-    return (distance / size) ** 0.5 if size > 0 else None
+    return float(f"{(distance / size) ** 0.5:.4g}") if size > 0 else None
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

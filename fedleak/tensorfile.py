@@ -41,7 +41,8 @@ def load(path: Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], d
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise UsageError(f"{path}: truncated or altered since it was written; restore the file, or repeat the run")
     try:
-        tensors = from_bytes(data)
+        # Copies, because views would be aligned as the file's header happens to be, and sums round accordingly.
+        tensors = {name: value.clone() for name, value in from_bytes(data).items()}
         size = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("header", "{}"))
     except Exception as error:
