@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
 from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer, last_layer_gradients, where
+from fedleak.attacks.labels.probe import dummy_images, probe
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 
@@ -114,6 +115,28 @@ def label_total(observation: Observation) -> int:
             "both must be at least 1"
         )
     return total
+
+
+def scale_known(evidence: Evidence, who: str) -> None:
+    """Refuse updates whose scale is withheld: weights without a learning rate."""
+    for observation in evidence.observations:
+        if observation.scale is None:
+            raise UsageError(
+                f"attack/labels={who} needs the gradient's scale, and {where(observation)} is new weights without a "
+                "learning rate; grant it with threat.hyperparameters=true, or choose attack/labels=version1"
+            )
+
+
+def bias_gradient(evidence: Evidence, knowledge: Knowledge, seed: int, inputs: int = 16) -> Tensor:
+    """``[N, C]`` float64, ∂L/∂b; where the layer has no bias, what it would be if every feature vector were h̄.
+
+    Then ∂L/∂W = ∂L/∂b h̄ᵀ, and h̄ is estimated from dummy inputs in each observed model.
+    """
+    if evidence.bias is not None:
+        return evidence.bias.double()
+    found = probe(evidence.observations, evidence.layer, knowledge, dummy_images(knowledge, inputs, seed))
+    mean = found.features.double().mean(dim=1)[found.which]
+    return (evidence.weight.double() @ mean[..., None])[..., 0] / mean.square().sum(dim=1, keepdim=True)
 
 
 def fill(counts: Tensor, values: Tensor, step: Tensor, totals: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""What each observed model does with inputs the attacker chooses: its features and probabilities, in one go."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedleak.attacks.base import Knowledge
+from fedleak.attacks.labels.last_layer import LastLayer
+from fedleak.capture import Observation
+from fedleak.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Features and probabilities of M inputs in each of U distinct networks.
+
+    Attributes:
+        features: ``[U, M, d]``, inputs of the last layer.
+        probabilities: ``[U, M, C]``, softmax outputs.
+        which: ``[N]`` int64, the network of each observation.
+    """
+
+    features: Tensor
+    probabilities: Tensor
+    which: Tensor
+
+    @property
+    def sums(self) -> Tensor:
+        """``[U, M]`` float64, s = Σ_k h_k."""
+        return self.features.sum(dim=2, dtype=torch.float64)
+
+
+def dummy_images(knowledge: Knowledge, count: int, seed: int) -> Tensor:
+    """``[count, C, H, W]`` uniform noise in [0, 1]: what an attacker without any data can feed a model."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((count, *knowledge.image_shape), generator=generator)
+
+
+def auxiliary_images(knowledge: Knowledge, per_class: int, seed: int, who: str) -> tuple[Tensor, Tensor]:
+    """Up to `per_class` auxiliary images of each class and their labels, ``[M, C, H, W]`` and ``[M]``.
+
+    Raises:
+        UsageError: if there is no auxiliary data.
+    """
+    if knowledge.auxiliary is None or len(knowledge.auxiliary[1]) == 0:
+        raise UsageError(
+            f"attack/labels={who} needs labelled images of its own and has none; grant threat.auxiliary_data=true, "
+            "or choose attack/labels=fedleak"
+        )
+    images, labels = knowledge.auxiliary
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    keep = [order[labels[order] == label][:per_class] for label in range(knowledge.classes)]
+    index = torch.cat(keep)
+    return images[index], labels[index].long()
+
+
+def probe(observations: Sequence[Observation], layer: LastLayer, knowledge: Knowledge, images: Tensor) -> Probe:
+    """Run `images` through the model of every observation; observations of one model share one run.
+
+    Where a client took several local steps the model is taken halfway between the parameters it started from and
+    those it ended with, if these are known. BatchNorm follows `knowledge.training_mode`; dropout is off.
+    """
+    networks, which = _distinct([_midpoint(observation) for observation in observations])
+    buffers = [observations[which.index(unit)].start_buffers for unit in range(len(networks))]
+    model = copy.deepcopy(knowledge.model).to("cpu")
+    model.train(knowledge.training_mode)
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.eval()
+    target = model.get_submodule(layer.name)
+    caught: list[Tensor] = []
+    target.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+
+    def features(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Tensor:
+        functional_call(model, {**parameters, **state}, (images,))
+        return caught.pop()
+
+    with torch.no_grad():  # a plain loop: on a CPU it is faster than vmap's grouped convolutions
+        copies = [{name: value.clone() for name, value in state.items()} for state in buffers]
+        rows = [features(net, state) for net, state in zip(networks, copies, strict=True)]
+        hidden = torch.stack(rows)
+        logits = hidden @ torch.stack([net[layer.weight] for net in networks]).transpose(1, 2)
+        if layer.bias:
+            logits = logits + torch.stack([net[layer.bias] for net in networks])[:, None]
+    return Probe(hidden, logits.softmax(dim=2), torch.tensor(which))
+
+
+def _midpoint(observation: Observation) -> Mapping[str, Tensor]:
+    """Parameters halfway through the client's local steps; its start where there is one step or the end is unknown."""
+    start, steps = observation.parameters, observation.local_steps or 1
+    if steps == 1:
+        return start
+    if observation.payload == "weights":
+        return {name: (value + observation.update[name]) / 2 for name, value in start.items()}
+    if observation.lr is not None:  # the update is the sum of the steps' gradients
+        return {name: value - observation.lr / 2 * observation.update[name] for name, value in start.items()}
+    return start
+
+
+def _distinct(networks: Sequence[Mapping[str, Tensor]]) -> tuple[list[Mapping[str, Tensor]], list[int]]:
+    """The distinct networks, and for each network its place among them."""
+    found: list[Mapping[str, Tensor]] = []
+    places: dict[tuple[float, ...], list[int]] = {}
+    which = []
+    for network in networks:
+        values = list(network.values())
+        key = tuple(float(value.flatten()[0]) for value in values)
+        same = places.setdefault(key, [])
+        for place in same:
+            if all(a is b or torch.equal(a, b) for a, b in zip(values, found[place].values(), strict=True)):
+                which.append(place)
+                break
+        else:
+            same.append(len(found))
+            which.append(len(found))
+            found.append(network)
+    return found, which

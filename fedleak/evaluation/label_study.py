@@ -1,0 +1,238 @@
+"""Label inference compared: methods × batch sizes × partitions × stages, with a fresh network in every run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fedleak.attacks.base import Knowledge, LabelInference
+from fedleak.capture import Observation, Payload
+from fedleak.errors import UsageError
+from fedleak.threat import ThreatModel
+
+COLUMNS = (
+    "method",
+    "data",
+    "partition",
+    "stage",
+    "batch_size",
+    "run",
+    "label_accuracy",
+    "labels_exact",
+    "counts_exact",
+    "seconds",
+)
+
+Partition = Literal["iid", "biased"]
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """How the victims train: what they send, and after how many steps at which learning rate."""
+
+    payload: Payload = "gradient"
+    local_steps: int = 1
+    lr: float = 0.1
+
+
+def draw_batch(labels: Tensor, size: int, partition: Partition, generator: torch.Generator) -> Tensor:
+    """``[size]`` int64, which samples are in a victim's batch.
+
+    `iid` draws without replacement (with it, where there are fewer samples than `size`); `biased` is the founding
+    study's skew: half of the batch one class, a quarter a second one, the rest at random from the other classes.
+    """
+    if partition == "iid":
+        return _draw(torch.arange(len(labels)), size, generator)
+    if partition != "biased":
+        raise UsageError(f"partition={partition} is not known to the label study; choose iid or biased")
+    present = labels.unique()
+    if len(present) < 3:
+        raise UsageError(f"partition=biased needs three classes and the data have {len(present)}; choose iid")
+    first, second = present[torch.randperm(len(present), generator=generator)[:2]].tolist()
+    half, quarter = -(-size // 2), size // 4
+    parts = [
+        _draw((labels == first).nonzero()[:, 0], half, generator),
+        _draw((labels == second).nonzero()[:, 0], quarter, generator),
+        _draw(((labels != first) & (labels != second)).nonzero()[:, 0], size - half - quarter, generator),
+    ]
+    return torch.cat(parts)
+
+
+def client_update(
+    model: nn.Module, images: Tensor, labels: Tensor, plan: ClientPlan, *, run: int, batch_size: int
+) -> Observation:
+    """What the server sees of a client that trains `plan.local_steps` steps of plain SGD on consecutive batches."""
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
+    now = {name: value.clone() for name, value in start.items()}
+    total = {name: torch.zeros_like(value) for name, value in start.items()}
+    for step in range(plan.local_steps):
+        part = slice(step * batch_size, (step + 1) * batch_size)
+        live = {name: value.requires_grad_() for name, value in now.items()}
+        logits = torch.func.functional_call(model, {**live, **{k: v.clone() for k, v in buffers.items()}}, images[part])
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(logits, labels[part]), list(live.values()))
+        for name, gradient in zip(live, gradients, strict=True):
+            total[name] += gradient
+            now[name] = (live[name] - plan.lr * gradient).detach()
+    return Observation(
+        round=run + 1,
+        client=0,
+        parameters=start,
+        update=total if plan.payload == "gradient" else now,
+        payload=plan.payload,
+        batch_size=batch_size,
+        lr=plan.lr,
+        local_steps=plan.local_steps,
+        start_buffers=buffers,
+    )
+
+
+def label_study(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    model: Callable[[int], nn.Module],
+    methods: Mapping[str, LabelInference],
+    batch_sizes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    partitions: Sequence[Partition] = ("iid", "biased"),
+    stages: Sequence[int] = (0,),
+    runs: int = 10,
+    data: str = "data",
+    auxiliary_share: float = 0.2,
+    plan: ClientPlan | None = None,
+    train: Callable[[nn.Module, Tensor, Tensor, int, torch.Generator], None] | None = None,
+    seed: int = 0,
+    on_cell: Callable[[str, str, int, int, float], None] | None = None,
+) -> pd.DataFrame:
+    """Attack a fresh network in every run with every method, and score the labels.
+
+    Each run draws a network, and carries it through the stages by training it on the data; at each stage every
+    batch size and partition draws one victim's batch. All methods see the same updates. Auxiliary images are set
+    aside first: no network is trained on them and no victim holds them.
+
+    Args:
+        images: ``[M, C, H, W]`` in [0, 1].
+        labels: ``[M]`` int64.
+        model: seed -> a freshly initialised network.
+        methods: name -> label inference. A method that only takes single samples is left out of larger batches.
+        batch_sizes: samples per local step.
+        partitions: how a victim's batch is drawn, see `draw_batch`.
+        stages: training steps before the attack.
+        runs: networks.
+        data: name for the table.
+        auxiliary_share: the part of the data that is set aside for methods that need auxiliary data.
+        plan: what clients do; by default they send the gradient of one step.
+        train: (model, images, labels, steps, generator) trains in place; by default Adam at 3e-3, batches of 64.
+        seed: decides every random choice.
+        on_cell: called with (method, partition, stage, batch size, mean label accuracy) after each.
+
+    Returns:
+        A row a method, partition, stage, batch size and run, in the columns of `COLUMNS`: `label_accuracy` is the
+        overlap of true and inferred multiset over the number of labels, `labels_exact` whether all agree,
+        `counts_exact` the share of classes whose count is right, `seconds` the method's time for this update (an
+        equal share of the call for all runs). `attrs["accuracy"]` maps each stage to the networks' mean test accuracy
+        on the auxiliary part.
+    """
+    plan = plan or ClientPlan()
+    train = train or adam
+    classes = int(labels.max()) + 1
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    aside = max(1, int(auxiliary_share * len(labels)))
+    held, pool = order[:aside], order[aside:]
+    auxiliary = images[held], labels[held]
+    images, labels = images[pool], labels[pool]
+
+    networks = [model(seed * 100_003 + run) for run in range(runs)]
+    knowledge = Knowledge(
+        networks[0], tuple(images.shape[1:]), classes, ThreatModel(auxiliary_data=True), auxiliary  # type: ignore[arg-type]
+    )  # fmt: skip
+    rows: list[tuple[object, ...]] = []
+    accuracies: dict[int, float] = {}
+    done = 0
+    for stage in sorted(stages):
+        for network in networks:
+            train(network, images, labels, stage - done, generator)
+        done = stage
+        accuracies[stage] = sum(_accuracy(network, *auxiliary) for network in networks) / runs
+        for batch_size in batch_sizes:
+            for partition in partitions:
+                truth, observations = [], []
+                for run, network in enumerate(networks):
+                    batch = draw_batch(labels, batch_size * plan.local_steps, partition, generator)
+                    batch = batch[torch.randperm(len(batch), generator=generator)]
+                    truth.append(torch.bincount(labels[batch], minlength=classes))
+                    observations.append(
+                        client_update(network, images[batch], labels[batch], plan, run=run, batch_size=batch_size)
+                    )
+                for name, method in methods.items():
+                    scored = _score(method, observations, truth, knowledge, seed)
+                    rows += [(name, data, partition, stage, batch_size, run, *row) for run, row in enumerate(scored)]
+                    if on_cell and scored:
+                        on_cell(name, partition, stage, batch_size, sum(row[0] for row in scored) / runs)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame.attrs["accuracy"] = accuracies
+    return frame
+
+
+def adam(network: nn.Module, images: Tensor, labels: Tensor, steps: int, generator: torch.Generator) -> None:
+    """Train in place with Adam at 3e-3 on batches of 64."""
+    if not steps:
+        return
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for _ in range(steps):
+        batch = torch.randint(len(labels), (64,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()
+        optimizer.step()
+
+
+def _score(
+    method: LabelInference,
+    observations: Sequence[Observation],
+    truth: Sequence[Tensor],
+    knowledge: Knowledge,
+    seed: int,
+) -> list[tuple[float, bool, float, float]]:
+    """(label accuracy, labels exact, counts exact, seconds) of each observation; nothing for iDLG on batches."""
+    if "per_sample_gradients" in method.needs or (_single(method) and any(int(counts.sum()) > 1 for counts in truth)):
+        return []
+    if "labels" in method.needs:
+        observations = [
+            replace(observation, labels=torch.arange(len(counts)).repeat_interleave(counts))
+            for observation, counts in zip(observations, truth, strict=True)
+        ]
+    began = time.perf_counter()
+    guesses = method.infer(observations, knowledge, seed=seed)
+    seconds = (time.perf_counter() - began) / len(observations)
+    scored = []
+    for guess, counts in zip(guesses, truth, strict=True):
+        if guess is None:
+            return []
+        found = torch.bincount(guess.best, minlength=len(counts))
+        overlap = float(torch.minimum(found, counts).sum()) / float(counts.sum())
+        scored.append((overlap, bool(torch.equal(found, counts)), float((found == counts).double().mean()), seconds))
+    return scored
+
+
+def _single(method: LabelInference) -> bool:
+    return type(method).__name__ == "IDLG"
+
+
+def _accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return float((network(images[:1000]).argmax(dim=1) == labels[:1000]).double().mean())
+
+
+def _draw(pool: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    if len(pool) == 0:
+        raise UsageError("the label study found no image of a class it has to draw; choose partition=iid")
+    if len(pool) >= size:
+        return pool[torch.randperm(len(pool), generator=generator)[:size]]
+    return pool[torch.randint(len(pool), (size,), generator=generator)]
