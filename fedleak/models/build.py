@@ -72,7 +72,7 @@ def _plain(value: Any) -> Any:
 
 def _locate(target: Any) -> Callable[..., Any]:
     """The class or function at an import path."""
-    mend = "give an import path such as fedleak.models.LeNet or, with its folder on PYTHONPATH, my_file.MyModel"
+    mend = "give an import path such as fedleak.models.LeNet, or my_file.MyModel with my_file.py here or on PYTHONPATH"
     if not isinstance(target, str) or "." not in target:
         raise UsageError(f"model._target_={target} is no import path; {mend}")
     parts = target.split(".")

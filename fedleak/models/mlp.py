@@ -42,8 +42,11 @@ class MLP(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise UsageError(f"model.activation={activation} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        if isinstance(hidden, str) or any(not isinstance(width, int) or width < 1 for width in hidden):
-            raise UsageError(f"model.hidden={hidden} are no layer widths; give whole numbers above 0, say [256,128]")
+        listed = isinstance(hidden, Sequence) and not isinstance(hidden, str)
+        if not listed or any(type(width) is not int or width < 1 for width in hidden):
+            raise UsageError(
+                f"model.hidden={hidden} are no layer widths; give whole numbers above 0, say [256,128], or [] for none"
+            )
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(image_shape)
         for wanted in hidden:

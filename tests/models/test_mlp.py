@@ -27,6 +27,6 @@ def test_hidden_layers_have_an_activation_each(activation):
 def test_impossible_settings_are_refused():
     with pytest.raises(UsageError, match=r"^model\.activation=step .*sigmoid"):
         MLP(activation="step")
-    for hidden in [(0,), (8, -1), ("8",), "88", (2.5,)]:
+    for hidden in [(0,), (8, -1), ("8",), "88", (2.5,), (True,), 8, None]:
         with pytest.raises(UsageError, match=r"^model\.hidden="):
             MLP(hidden=hidden)
