@@ -1,0 +1,334 @@
+"""How fast and how often images come back: the procedure of the DLG and iDLG papers against fedleak's engine.
+
+    python benchmarks/inversion.py --data DIR --victims 32 --seed 0 --setting cifar100 --output inversion.csv
+
+Each victim has a fresh LeNet with weights U(-0.5, 0.5); both methods attack the same gradients in the same run. An
+image is recovered if its MSE to the truth is below 1e-3, after the assignment of a batch's images to the truth that is
+best in total. DIR holds `mnist/` (the idx files, packed or not, at any depth) and `cifar100/` (a folder a class).
+
+plain: one victim at a time, one start: `torch.optim.LBFGS` (lr 1, max_iter 20) on the squared distance of the
+gradients from a standard normal image, up to 300 steps, stopping below 1e-6 (looked at every 10 steps); the label by
+the sign rule at batch size 1, known labels in batches (as for the engine).
+
+engine: all victims in one call, images found in closed form where that passes its check, and by batched gradient
+matching with restarts where not.
+
+The CSV has a row per setting and method. `victims`: updates attacked; `success_rate`: recovered images / images;
+`evaluations`: objective-and-gradient evaluations, the median over updates of which every image was recovered;
+`seconds`: from updates to images; `ratio`: successes a second, divided by plain's. Needs torch and numpy, and for
+CIFAR-100 Pillow or torchvision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import itertools
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
+
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress
+from fedleak.attacks.inversion.closed_form import Peeling
+from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.capture import Observation
+from fedleak.models.lenet import LeNet
+
+SUCCESS = 1e-3
+STEPS = 300
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Which images, and how many in a batch."""
+
+    data: str
+    shape: tuple[int, int, int]
+    classes: int
+    batch_size: int
+
+
+SETTINGS = {
+    "mnist": Setting("mnist", (1, 28, 28), 10, 1),
+    "cifar100": Setting("cifar100", (3, 32, 32), 100, 1),
+    "cifar100-b4": Setting("cifar100", (3, 32, 32), 100, 4),
+    "cifar100-b8": Setting("cifar100", (3, 32, 32), 100, 8),
+}
+
+
+@dataclass(frozen=True)
+class Victim:
+    """An update and the truth behind it: images ``[B, C, H, W]`` in [0, 1] and labels ``[B]``."""
+
+    observation: Observation
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the CSV."""
+
+    setting: str
+    method: str
+    victims: int
+    success_rate: float
+    evaluations: float
+    seconds: float
+    successes_per_second: float
+    ratio: float
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """The array in an MNIST file, gzipped or not."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    dimensions = raw[3]
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def read_png(path: Path) -> Tensor:
+    """An RGB image ``[3, H, W]``, uint8."""
+    try:
+        from PIL import Image
+    except ImportError:
+        from torchvision.io import ImageReadMode, read_image
+
+        return read_image(str(path), ImageReadMode.RGB)
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+
+
+class Images:
+    """The images of a dataset, read when asked for."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.pixels: np.ndarray | None = None
+        if name == "mnist":
+            pixels = sorted(folder.rglob("*images-idx3-ubyte*"))
+            labels = sorted(folder.rglob("*labels-idx1-ubyte*"))
+            if not pixels or not labels:
+                sys.exit(
+                    f"--data: no *-idx3-ubyte and *-idx1-ubyte files in {folder}; give the folder that holds mnist/"
+                )
+            self.pixels, self.labels = read_idx(pixels[0]), read_idx(labels[0]).astype(np.int64)
+            return
+        classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        self.files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.glob("*.png"))]
+        if not self.files:
+            sys.exit(f"--data: no class folders with .png images in {folder}; give the folder that holds {name}/")
+        self.labels = np.array([label for _, label in self.files])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if self.pixels is not None:
+            image = torch.from_numpy(self.pixels[index].copy())[None]
+        else:
+            image = read_png(self.files[index][0])
+        return image.float() / 255, int(self.labels[index])
+
+
+def make_victims(setting: Setting, images: Images, count: int, seed: int, device: str) -> list[Victim]:
+    """Updates of `count` clients, each with a network and a batch of its own; float32."""
+    victims = []
+    for number in range(count):
+        order = np.random.default_rng((seed, number)).choice(len(images), setting.batch_size, replace=False)
+        pairs = [images[int(index)] for index in order]
+        x, y = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
+        model = LeNet(setting.shape, setting.classes)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.uniform_(-0.5, 0.5, generator=generator)
+        model = model.to(device)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        loss = F.cross_entropy(model(x.to(device)), y.to(device))
+        update = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        start = {name: value.detach().clone() for name, value in zip(names, parameters, strict=True)}
+        observation = Observation(
+            1, number, start, update, batch_size=len(y), local_steps=1, labels=y.sort().values if len(y) > 1 else None
+        )
+        victims.append(Victim(observation, x, y))
+    return victims
+
+
+def sign_rule(observation: Observation) -> LabelGuess:
+    """iDLG's label of a single sample: the class whose row of the last gradient has a negative sum."""
+    label = observation.update["fc.weight"].sum(1).argmin()
+    return LabelGuess(label.cpu().view(1, 1), torch.ones(1))
+
+
+def guess(observation: Observation) -> LabelGuess:
+    """The labels both methods use: known in batches, inferred at batch size 1."""
+    if observation.labels is None:
+        return sign_rule(observation)
+    return LabelGuess(observation.labels[None], torch.ones(1))
+
+
+def plain(victim: Victim, setting: Setting, device: str, generator: torch.Generator) -> tuple[Tensor, int]:
+    """The papers' procedure on one victim: images ``[B, C, H, W]`` and the number of evaluations."""
+    model = LeNet(setting.shape, setting.classes).to(device)
+    model.load_state_dict(dict(victim.observation.parameters))
+    wanted = list(victim.observation.update.values())
+    labels = guess(victim.observation).best.to(device)
+    dummy = torch.randn(len(labels), *setting.shape, generator=generator).to(device).requires_grad_()
+    optimizer = torch.optim.LBFGS([dummy], lr=1.0, max_iter=20)
+    evaluations = 0
+
+    def closure() -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(dummy), labels)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        distance = torch.stack([(g - w).square().sum() for g, w in zip(gradients, wanted, strict=True)]).sum()
+        (dummy.grad,) = torch.autograd.grad(distance, dummy)
+        return distance.detach()
+
+    for step in range(STEPS):
+        optimizer.step(closure)
+        if step % 10 == 0 and float(closure()) < 1e-6:
+            break
+    return dummy.detach().cpu(), evaluations
+
+
+def recovered(found: Tensor, truth: Tensor) -> int:
+    """How many of a batch's images have an MSE below `SUCCESS`, assigned to the truth as is best in total."""
+    cost = (found.clamp(0, 1)[:, None] - truth[None]).double().square().flatten(2).mean(2).nan_to_num(1e3).numpy()
+    orders = np.array(list(itertools.permutations(range(len(cost)))))
+    chosen = cost[np.arange(len(cost)), orders]
+    return int((chosen[chosen.sum(1).argmin()] < SUCCESS).sum())
+
+
+def row(setting: str, method: str, hits: Sequence[int], evaluations: Sequence[int], size: int, seconds: float) -> Row:
+    """Sums up a method's hits (recovered images of each victim of `size` images); the ratio is filled in later."""
+    whole = [e for e, hit in zip(evaluations, hits, strict=True) if hit == size]
+    rate = sum(hits) / (size * len(hits))
+    return Row(
+        setting,
+        method,
+        len(hits),
+        rate,
+        float(np.median(whole)) if whole else math.nan,
+        seconds,
+        sum(hits) / seconds,
+        1.0,
+    )
+
+
+def run_plain(name: str, victims: Sequence[Victim], device: str, seed: int) -> Row:
+    """Time the plain baseline."""
+    setting, generator = SETTINGS[name], torch.Generator().manual_seed(seed)
+    hits, evaluations, seconds = [], [], 0.0
+    for number, victim in enumerate(victims, 1):
+        start = time.perf_counter()
+        images, used = plain(victim, setting, device, generator)
+        seconds += time.perf_counter() - start
+        hits.append(recovered(images, victim.images))
+        evaluations.append(used)
+        say(f"{name} plain: {number}/{len(victims)} victims, {sum(hits)} images recovered, {seconds:.0f} s")
+    return row(name, "plain", hits, evaluations, setting.batch_size, seconds)
+
+
+def engine() -> Inversion:
+    """The engine as it is recommended for sigmoid LeNets."""
+    return Peeling(fallback=GradientMatching(start="grey"))
+
+
+def run_engine(name: str, victims: Sequence[Victim], device: str, seed: int) -> Row:
+    """Time the engine on all victims in one call."""
+    setting = SETTINGS[name]
+    knowledge = Knowledge(LeNet(setting.shape, setting.classes), setting.shape, setting.classes)
+    observations = [victim.observation for victim in victims]
+
+    def progress(state: Progress) -> None:
+        say(
+            f"{name} engine: {state.done}/{state.problems} done, {state.converged} converged, "
+            f"{state.evaluations_per_second:.0f} evaluations/s"
+        )
+
+    start = time.perf_counter()
+    guesses = [guess(observation) for observation in observations]
+    results = engine().invert(observations, guesses, knowledge, device=device, seed=seed, on_progress=progress)
+    seconds = time.perf_counter() - start
+    hits = [recovered(result.images, victim.images) for result, victim in zip(results, victims, strict=True)]
+    return row(name, "engine", hits, [result.evaluations for result in results], setting.batch_size, seconds)
+
+
+def say(line: str) -> None:
+    """Progress, apart from the table."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    head = ("setting", "method", "victims", "success", "evaluations", "seconds", "successes/s", "ratio")
+    lines = [head] + [
+        (
+            r.setting,
+            r.method,
+            str(r.victims),
+            f"{r.success_rate:.1%}",
+            f"{r.evaluations:.0f}",
+            f"{r.seconds:.2f}",
+            f"{r.successes_per_second:.3g}",
+            f"{r.ratio:.1f}",
+        )
+        for r in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="The plain baseline against the engine, on the same victims.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnist/ and cifar100/")
+    parser.add_argument("--victims", type=int, default=32, help="updates to attack in each setting")
+    parser.add_argument("--plain-victims", type=int, help="time the baseline on the first so many only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--setting", choices=SETTINGS, action="append", help="may be repeated; default: all")
+    parser.add_argument("--output", type=Path, help="the CSV to write")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args(arguments)
+    if options.victims < 1 or (options.plain_victims is not None and not 1 <= options.plain_victims <= options.victims):
+        parser.error("--victims must be at least 1, and --plain-victims from 1 to --victims")
+    count = options.plain_victims or options.victims
+    on = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor() or "CPU"
+    print(f"torch {torch.__version__}, {options.device} ({on}), {torch.get_num_threads()} threads, seed {options.seed}")
+    if count < options.victims:
+        print(f"plain: timed on the first {count} of {options.victims} victims")
+    nn.Linear(8, 8).to(options.device)(torch.zeros(8, 8, device=options.device))  # start the device outside the timing
+    rows: list[Row] = []
+    for name in options.setting or SETTINGS:
+        setting = SETTINGS[name]
+        images = Images(options.data / setting.data, setting.data)
+        victims = make_victims(setting, images, options.victims, options.seed, options.device)
+        fast = run_engine(name, victims, options.device, options.seed)
+        slow = run_plain(name, victims[:count], options.device, options.seed)
+        ratio = fast.successes_per_second / slow.successes_per_second if slow.success_rate else math.inf
+        rows += [slow, Row(**{**asdict(fast), "ratio": ratio if fast.success_rate else 0.0})]
+        if options.output:
+            with options.output.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(asdict(rows[0])))
+                writer.writeheader()
+                writer.writerows(asdict(r) for r in rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+import csv
+import gzip
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("inversion_benchmark", ROOT / "benchmarks" / "inversion.py")
+bench = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = bench
+spec.loader.exec_module(bench)
+
+
+@pytest.fixture
+def data(tmp_path):
+    generator = np.random.default_rng(0)
+    digits = generator.integers(0, 255, (6, 28, 28), dtype=np.uint8)
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    sizes = b"".join(size.to_bytes(4, "big") for size in digits.shape)
+    packed = gzip.compress(b"\x00\x00\x08\x03" + sizes + digits.tobytes())
+    (raw / "t10k-images-idx3-ubyte.gz").write_bytes(packed)
+    labels = bytes([3, 1, 4, 1, 5, 9])
+    (raw / "t10k-labels-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01" + (6).to_bytes(4, "big") + labels)
+    image = pytest.importorskip("PIL.Image")
+    for label, name in enumerate(["apple", "bee"]):
+        (tmp_path / "cifar100" / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = np.full((32, 32, 3), [10 * label, number, 255], np.uint8)
+            image.fromarray(pixels).save(tmp_path / "cifar100" / name / f"{number}.png")
+    return tmp_path
+
+
+def test_the_images_are_those_on_disk(data):
+    digits = bench.Images(data / "mnist", "mnist")
+    assert len(digits) == 6
+    assert digits[2][0].shape == (1, 28, 28)
+    assert [digits[i][1] for i in range(6)] == [3, 1, 4, 1, 5, 9]
+    colour = bench.Images(data / "cifar100", "cifar100")
+    image, label = colour[5]
+    assert label == 1
+    assert image.shape == (3, 32, 32)
+    torch.testing.assert_close(image[:, 0, 0], torch.tensor([10, 1, 255]) / 255)
+
+
+def test_a_missing_folder_is_said(tmp_path):
+    with pytest.raises(SystemExit, match="mnist"):
+        bench.Images(tmp_path / "mnist", "mnist")
+    with pytest.raises(SystemExit, match="cifar100"):
+        bench.Images(tmp_path / "cifar100", "cifar100")
+
+
+def test_victims_depend_on_the_seed_alone_and_labels_are_known_in_batches_only(data):
+    images = bench.Images(data / "cifar100", "cifar100")
+    one, four = (bench.make_victims(bench.SETTINGS[name], images, 2, 5, "cpu") for name in ("cifar100", "cifar100-b4"))
+    more = bench.make_victims(bench.SETTINGS["cifar100"], images, 3, 5, "cpu")
+    assert torch.equal(one[1].images, more[1].images)
+    assert torch.equal(one[1].observation.update["fc.bias"], more[1].observation.update["fc.bias"])
+    assert not torch.equal(one[0].observation.parameters["fc.bias"], one[1].observation.parameters["fc.bias"])
+    assert one[0].observation.labels is None
+    assert bench.guess(one[0].observation).best.tolist() == one[0].labels.tolist()
+    assert bench.guess(four[0].observation).best.tolist() == sorted(four[0].labels.tolist())
+
+
+def test_recovered_counts_after_the_best_assignment():
+    truth = torch.stack([torch.full((1, 2, 2), value) for value in (0.1, 0.5, 0.9)])
+    assert bench.recovered(truth[[2, 0, 1]], truth) == 3
+    assert bench.recovered(truth[[2, 0, 0]], truth) == 2
+    broken = truth.clone()
+    broken[1] = torch.nan
+    assert bench.recovered(broken, truth) == 2
+    assert bench.recovered(truth + 0.04, truth) == 0
+
+
+def test_a_run_writes_a_row_for_each_method(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "STEPS", 1)
+    output = tmp_path / "out.csv"
+    arguments = ["--data", str(data), "--victims", "2", "--plain-victims", "1", "--setting", "mnist"]
+    bench.main([*arguments, "--output", str(output), "--device", "cpu"])
+    rows = list(csv.DictReader(output.open()))
+    assert [(r["setting"], r["method"], r["victims"]) for r in rows] == [
+        ("mnist", "plain", "1"),
+        ("mnist", "engine", "2"),
+    ]
+    columns = "setting,method,victims,success_rate,evaluations,seconds,successes_per_second,ratio"
+    assert ",".join(rows[0]) == columns
+    assert float(rows[1]["success_rate"]) == 1
+    printed = capsys.readouterr().out
+    assert "first 1 of 2" in printed
+    assert "engine" in printed
+
+
+def test_it_runs_without_the_federation_packages():
+    blocked = ["flwr", "hydra", "ray", "scipy", "pandas", "omegaconf", "sklearn", "skimage"]
+    code = f"""
+import runpy, sys
+sys.modules.update(dict.fromkeys({blocked}))
+sys.argv = ["inversion.py", "--help"]
+runpy.run_path("benchmarks/inversion.py", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--plain-victims" in done.stdout
