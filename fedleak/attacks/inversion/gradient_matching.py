@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Reconstruction
+from fedleak.attacks.inversion.fast import chain_distance
 from fedleak.attacks.inversion.gradients import Distance, Rows, Victim, VmapDistance, check_update
 from fedleak.attacks.inversion.objectives import L2, Objective
 from fedleak.attacks.inversion.optimizers import LBFGS, Optimizer
@@ -136,8 +137,7 @@ class GradientMatching(Inversion):
                 cases += self._cases(index, observation, guess, knowledge, firsts[index])
         results.expect(cases)
         for group in _groups(cases):
-            shared = group[0].victim if _same_weights(group) else None
-            distance = self._distance(knowledge, shared, group[0].victim, device)
+            distance = self._distance(group, knowledge, device)
             _Solver(self, distance, knowledge, seed, results).solve(group)
         return results.finished()
 
@@ -182,13 +182,28 @@ class GradientMatching(Inversion):
             cases.append(_Case(index, sample, observation, victim, size, label, image))
         return cases
 
-    def _distance(
-        self, knowledge: Knowledge, shared: Victim | None, example: Victim, device: torch.device | str
-    ) -> Distance:
+    def _distance(self, cases: list[_Case], knowledge: Knowledge, device: torch.device | str) -> Distance:
+        """The fastest way to compare updates of these cases."""
+        victims = [case.victim for case in cases]
+        shared = _same_weights(victims)
+        if not self.general:
+            fast = chain_distance(
+                knowledge.model,
+                self.objective,
+                victims,
+                knowledge.image_shape,
+                cases[0].size,
+                shared=shared,
+                training_mode=knowledge.training_mode,
+                device=device,
+                dtype=self.dtype,
+            )
+            if fast is not None:
+                return fast
         return VmapDistance(
             knowledge.model,
             self.objective,
-            shared=shared,
+            shared=victims[0] if shared else None,
             training_mode=knowledge.training_mode,
             device=device,
             dtype=self.dtype,
@@ -582,13 +597,13 @@ def _groups(cases: list[_Case]) -> list[list[_Case]]:
     return list(groups.values())
 
 
-def _same_weights(cases: list[_Case]) -> bool:
-    """Whether all cases start from the same parameters and buffers."""
-    first = cases[0].victim
+def _same_weights(victims: Sequence[Victim]) -> bool:
+    """Whether all victims start from the same parameters and buffers."""
+    first = victims[0]
     return all(
         a is b or torch.equal(a, b)
-        for case in cases[1:]
-        for mine, theirs in ((first.parameters, case.victim.parameters), (first.buffers, case.victim.buffers))
+        for victim in victims[1:]
+        for mine, theirs in ((first.parameters, victim.parameters), (first.buffers, victim.buffers))
         for a, b in ((mine[name], theirs[name]) for name in mine)
     )
 

@@ -1,0 +1,250 @@
+"""Distances between updates: the fast path gives what differentiation gives, alone and together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fedleak.attacks.inversion import L2, Cosine, Objective, RelativeL2
+from fedleak.attacks.inversion.fast import ChainDistance, Convolution, FullyConnected, chain_distance, factors
+from fedleak.attacks.inversion.gradients import Distance, Victim, VmapDistance
+
+ACTIVATIONS: list[Callable[[], nn.Module]] = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Softplus]
+OBJECTIVES = [L2(), Cosine(), RelativeL2()]
+
+
+def build(layers: list[nn.Module], shape: tuple[int, int, int], classes: int) -> nn.Sequential:
+    """These layers, flattened into a linear one; weights U(-0.5, 0.5)."""
+    features = nn.Sequential(*layers, nn.Flatten())(torch.zeros(1, *shape)).shape[1]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes)).double()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    return model
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, int, int], int]:
+    """A random feed-forward chain with the shape of its images and its number of classes."""
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    shape = (draw(st.integers(1, 3)), draw(st.integers(6, 9)), draw(st.integers(6, 9)))
+    layers: list[nn.Module] = []
+    channels = shape[0]
+    for _ in range(draw(st.integers(0, 2))):
+        out = draw(st.integers(1, 4))
+        kernel, padding = draw(st.sampled_from([(1, 0), (3, 1), ((3, 2), (1, 1)), (5, 2)]))
+        bias, stride = draw(st.booleans()), draw(st.integers(1, 2))
+        layers.append(nn.Conv2d(channels, out, kernel, stride=stride, padding=padding, bias=bias))
+        layers.append(draw(st.sampled_from(ACTIVATIONS))())
+        channels = out
+    if layers and draw(st.booleans()):
+        layers.append(draw(st.sampled_from([nn.AvgPool2d(2), nn.MaxPool2d(2), nn.AvgPool2d(3, 2, 1)])))
+    if draw(st.booleans()):
+        width = draw(st.integers(3, 20))
+        features = nn.Sequential(*layers, nn.Flatten())(torch.zeros(1, *shape)).shape[1]
+        layers += [nn.Flatten(), nn.Linear(features, width), nn.Tanh(), nn.Unflatten(1, (width, 1, 1))][:3]
+        model = nn.Sequential(*layers, nn.Linear(width, draw(st.integers(2, 12)))).double()
+        return model, shape, model[-1].out_features
+    classes = draw(st.integers(2, 12))
+    return build(layers, shape, classes), shape, classes
+
+
+def victims_of(model: nn.Module, count: int, batch: int, shape: tuple[int, int, int], classes: int, own: bool):
+    """Gradients of random batches, for one set of weights or one each."""
+    victims = []
+    for _ in range(count):
+        if own:
+            for parameter in model.parameters():
+                nn.init.uniform_(parameter, -0.5, 0.5)
+        images, labels = torch.rand(batch, *shape, dtype=torch.float64), torch.randint(classes, (batch,))
+        gradients = torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), list(model.parameters()))
+        names = [name for name, _ in model.named_parameters()]
+        parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+        victims.append(Victim(parameters, {}, dict(zip(names, gradients, strict=True))))
+    return victims
+
+
+def reference(model: nn.Module, victim: Victim, images: Tensor, labels: Tensor, objective: Objective):
+    """One problem by plain automatic differentiation, the textbook way."""
+    images, labels = images.clone().requires_grad_(), labels.clone().requires_grad_()
+    parameters = {name: value.clone().requires_grad_() for name, value in victim.parameters.items()}
+    logits = torch.func.functional_call(model, parameters, (images,))
+    loss = -(labels * logits.log_softmax(1)).sum(1).mean()
+    gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    pairs = list(zip(gradients, victim.gradient.values(), strict=True))
+    dd = torch.stack([(g - t).square().sum() for g, t in pairs])
+    dt = torch.stack([((g - t) * t).sum() for g, t in pairs])
+    tt = torch.stack([t.square().sum() for _, t in pairs])
+    value = objective(dd[None], dt[None], tt[None])[0]
+    return value.detach(), *torch.autograd.grad(value, (images, labels))
+
+
+@settings(max_examples=30, deadline=None)
+@given(chain=chains(), count=st.integers(1, 3), batch=st.integers(1, 3), own=st.booleans(), data=st.data())
+def test_both_paths_give_what_plain_differentiation_gives(chain, count: int, batch: int, own: bool, data) -> None:
+    model, shape, classes = chain
+    objective = data.draw(st.sampled_from(OBJECTIVES))
+    victims = victims_of(model, count, batch, shape, classes, own)
+    images = torch.rand(count, batch, *shape, dtype=torch.float64)
+    labels = torch.randn(count, batch, classes, dtype=torch.float64).softmax(2)
+    fast = chain_distance(model, objective, victims, shape, batch, shared=not own, dtype=torch.float64)
+    assert fast is not None
+    general = VmapDistance(model, objective, shared=None if own else victims[0], dtype=torch.float64)
+    wanted = [reference(model, *problem, objective) for problem in zip(victims, images, labels, strict=True)]
+    for distance in (fast, general):
+        found = distance.evaluate(distance.load(victims), images, labels, with_labels=True)
+        for ours, theirs in zip(found, zip(*wanted, strict=True), strict=True):
+            assert ours is not None
+            theirs = torch.stack(theirs)
+            torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9 * max(1.0, float(theirs.abs().max())))
+
+
+def lenet_like(classes: int = 40) -> nn.Sequential:
+    torch.manual_seed(0)
+    return build(
+        [nn.Conv2d(1, 12, 5, 2, 2), nn.Sigmoid(), nn.Conv2d(12, 12, 5, 1, 2), nn.Sigmoid()], (1, 8, 8), classes
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_factored_layer_keeps_its_precision_where_updates_agree(batch: int) -> None:
+    """In float32, at the true images moved by 1e-6, the objective is right although it is 1e-12 of its terms."""
+    model, shape, classes = lenet_like(), (1, 8, 8), 40
+    images, labels = torch.rand(1, batch, *shape), torch.randint(classes, (1, batch))
+    one_hot = nn.functional.one_hot(labels, classes).double()
+    parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+    loss = nn.functional.cross_entropy(model(images[0].double()), labels[0])
+    gradient = dict(zip(parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    victim = Victim(parameters, {}, gradient)
+    moved = images + 1e-3 * torch.randn(images.shape)
+    exact = reference(model, victim, moved[0].double(), one_hot[0], L2())
+    fast = chain_distance(model, L2(), [victim], shape, batch, shared=True)
+    assert fast is not None
+    assert [layer.rank for layer in fast.layers if isinstance(layer, FullyConnected)] == [batch]
+    value, by_images, _ = fast.evaluate(fast.load([victim]), moved, one_hot.float())
+    squares = sum(float(g.square().sum()) for g in gradient.values())
+    assert float(exact[0]) < 1e-4 * squares  # the naive form would lose four digits of seven here
+    torch.testing.assert_close(value[0].double(), exact[0], rtol=2e-3, atol=0)
+    torch.testing.assert_close(by_images[0].double(), exact[1], rtol=2e-2, atol=2e-3 * float(exact[1].abs().max()))
+    # And exactly at the truth the objective falls to the square of float32's rounding, not to the rounding itself.
+    at_truth, _, _ = fast.evaluate(fast.load([victim]), images, one_hot.float())
+    assert float(at_truth[0]) < 1e-11 * squares
+
+
+def test_noisy_gradients_are_not_factored() -> None:
+    model, shape = lenet_like(), (1, 8, 8)
+    victims = victims_of(model, 2, 1, shape, 40, own=False)
+    noisy = {name: value + 1e-3 * torch.randn_like(value) for name, value in victims[1].gradient.items()}
+    victims[1] = Victim(victims[1].parameters, {}, noisy)
+    fast = chain_distance(model, L2(), victims, shape, 1, shared=True, dtype=torch.float64)
+    assert fast is not None
+    assert [layer.rank for layer in fast.layers if isinstance(layer, FullyConnected)] == [None]
+
+
+def test_factors_are_exact_for_low_rank() -> None:
+    torch.manual_seed(0)
+    target = torch.randn(5, 30, 3, dtype=torch.float64) @ torch.randn(5, 3, 50, dtype=torch.float64)
+    q, m = factors(target, 3)
+    torch.testing.assert_close(m @ q.mT, target)
+    torch.testing.assert_close(q.mT @ q, torch.eye(3, dtype=torch.float64).expand(5, 3, 3))
+
+
+class Branch(nn.Module):
+    """Not a chain: a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.flatten(1)
+        return self.b(x + torch.tanh(self.a(x)))
+
+
+class Twice(nn.Module):
+    """A chain that uses a layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(torch.tanh(self.a(images.flatten(1))))))
+
+
+class Normalised(nn.Module):
+    """Normalisation by buffers, functional calls, a skipped dropout: still a chain in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 1, 1), 0.3))
+        self.register_buffer("std", torch.full((1, 1, 1), 0.2))
+        self.conv, self.drop, self.fc = nn.Conv2d(1, 3, 3), nn.Dropout(0.5), nn.Linear(12, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.conv((images - self.mean) / self.std))
+        return self.fc(self.drop(torch.flatten(x, 1)))
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "fast"),
+    [(Branch(), True, False), (Twice(), True, False), (Normalised(), True, False), (Normalised(), False, True)],
+)
+def test_only_chains_take_the_fast_path(model: nn.Module, training: bool, fast: bool) -> None:
+    torch.manual_seed(0)
+    model = model.double().train(training)
+    shape, count, batch = (1, 4, 4), 2, 3
+    victims = victims_of(model, count, batch, shape, 4, own=True)
+    buffers = dict(model.named_buffers())
+    victims = [Victim(v.parameters, buffers, v.gradient) for v in victims]
+    options = {"training_mode": training, "dtype": torch.float64}
+    distance: Distance | None = chain_distance(model, L2(), victims, shape, batch, shared=False, **options)
+    assert isinstance(distance, ChainDistance) == fast
+    if fast:
+        images = torch.rand(count, batch, *shape, dtype=torch.float64)
+        labels = torch.randn(count, batch, 4, dtype=torch.float64).softmax(2)
+        general = VmapDistance(model, L2(), **options)
+        for ours, theirs in zip(
+            distance.evaluate(distance.load(victims), images, labels)[:2],
+            general.evaluate(general.load(victims), images, labels)[:2],
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_batch_statistics_in_train_mode_and_running_ones_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Sigmoid(), nn.Flatten(), nn.Linear(12, 4)).double()
+    images, labels = torch.rand(5, 1, 4, 4, dtype=torch.float64), torch.randint(4, (5,))
+    model.train()(torch.rand(9, 1, 4, 4, dtype=torch.float64))  # running statistics that are not the initial ones
+    for training in (True, False):
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
+        parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+        loss = nn.functional.cross_entropy(model.train(training)(images), labels)
+        gradient = dict(zip(parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        victim = Victim(parameters, buffers, gradient)
+        blank = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Sigmoid(), nn.Flatten(), nn.Linear(12, 4))
+        for shared in (victim, None):
+            distance = VmapDistance(blank, L2(), shared=shared, training_mode=training, dtype=torch.float64)
+            one_hot = nn.functional.one_hot(labels, 4).double()
+            value, _, _ = distance.evaluate(distance.load([victim]), images[None], one_hot[None])
+            assert float(value) < 1e-20
+        assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_convolution_patches_have_their_adjoint() -> None:
+    torch.manual_seed(0)
+    layer = Convolution("0", nn.Conv2d(2, 3, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2)))
+    a = torch.randn(2, 1, 2, 9, 11, dtype=torch.float64)
+    layer.batch, layer.input_size = a.shape[:2], a.shape[3:]
+    patches = layer._patches(a.flatten(0, 1))
+    torch.testing.assert_close(
+        patches, nn.functional.unfold(a.flatten(0, 1), (3, 5), dilation=(1, 2), padding=(1, 2), stride=(2, 1))
+    )
+    other = torch.randn_like(patches)
+    torch.testing.assert_close((patches * other).sum(), (layer._unpatch(other) * a.flatten(0, 1)).sum())
