@@ -266,9 +266,9 @@ def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
 
 
 def _flags(table: pd.DataFrame, column: str) -> pd.Series:
-    """A column of True, False and empty cells, as it is in memory or in a CSV file, as 1, 0 and NaN."""
+    """A column of True, False (or 1, 0) and empty cells, in memory or read from a CSV file, as 1, 0 and NaN."""
     values: Iterable[Any] = table.get(column, [])
-    meaning = {"True": 1.0, "False": 0.0}
+    meaning = {"True": 1.0, "False": 0.0, "1.0": 1.0, "0.0": 0.0, "1": 1.0, "0": 0.0}
     return pd.Series([meaning.get(str(value), np.nan) for value in values], dtype=float)
 
 

@@ -21,7 +21,7 @@ MOST_ROUNDS = 8
 MOST_IMAGES = 8
 MOST_BYTES = 1_000_000
 
-INK, FAINT, FRAME, GOOD, BAD = "#1d2129", "#6b7280", "#c9ced6", "#0b7a4b", "#b3261e"
+INK, FAINT, FRAME, LEAK = "#1b1f27", "#566070", "#c9ced6", "#c03a06"
 # Everything is placed in inches, on one axes as large as the figure.
 SIDE, INNER, GAP, LEFT, MARGIN, LINE = 0.78, 0.05, 0.24, 1.38, 0.22, 0.17
 
@@ -84,7 +84,7 @@ def _figure(matches: Sequence[Match], title: str) -> Figure:
                     axes.text(
                         x + 1.5 * SIDE + INNER, y - 0.05, "rebuilt", size=7, color=FAINT, ha="center", va="bottom"
                     )
-            _image(axes, m.rebuilt, x + cell - SIDE, y, GOOD if m.recovered else FRAME, "not rebuilt")
+            _image(axes, m.rebuilt, x + cell - SIDE, y, LEAK if m.recovered else FRAME, "not rebuilt")
             _words(axes, m, x + cell / 2, y + SIDE)
         y += row_height
     for note in notes:
@@ -102,7 +102,7 @@ def _image(axes: Axes, image: Tensor | None, x: float, y: float, frame: str, mis
         height, width = (SIDE * n / max(values.shape[:2]) for n in values.shape[:2])
         left, top = x + (SIDE - width) / 2, y + (SIDE - height) / 2
         axes.imshow(values, extent=(left, left + width, top + height, top), interpolation="nearest")
-    linewidth = 2.2 if frame == GOOD else 0.6
+    linewidth = 2.2 if frame == LEAK else 0.6
     axes.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=frame, linewidth=linewidth, clip_on=False))
 
 
@@ -110,7 +110,8 @@ def _words(axes: Axes, m: Match, x: float, y: float) -> None:
     """Under a pair: true → inferred label, then how close the image came."""
     if m.label_true is not None:
         label = f"{m.label_true} → {'?' if m.label_inferred is None else m.label_inferred}"
-        color = INK if m.label_true == m.label_inferred else BAD
+        label += "" if m.label_true == m.label_inferred else " ✗"
+        color = INK if m.label_true == m.label_inferred else FAINT
     else:
         label, color = "" if m.label_inferred is None else f"label {m.label_inferred}", INK
     axes.text(x, y + 0.12, label, size=9, color=color, ha="center", va="center")
@@ -123,7 +124,7 @@ def _words(axes: Axes, m: Match, x: float, y: float) -> None:
             y + 0.12 + LINE,
             closeness,
             size=7.2,
-            color=GOOD if m.recovered else FAINT,
+            color=LEAK if m.recovered else FAINT,
             weight="bold" if m.recovered else "normal",
             ha="center",
             va="center",
@@ -137,7 +138,7 @@ def _headline(matches: Sequence[Match]) -> str:
     if not judged:
         return f"{_count(len(matches), 'image')}, not judged: the private ones are not at hand to compare with."
     recovered = sum(bool(m.recovered) for m in judged)
-    legend = f"(green, ✓: mean squared error below {RECOVERED_MSE:g})"
+    legend = f"(framed, ✓: mean squared error below {RECOVERED_MSE:g})"
     return f"{recovered} of {_count(len(judged), 'private image')} recovered {legend}"
 
 

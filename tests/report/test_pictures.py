@@ -6,7 +6,7 @@ from matplotlib.image import imread
 from fedleak.evaluation.scores import Match
 from fedleak.report.pictures import _figure, evenly, pixels, reconstructions_png
 
-GREEN = np.array([0x0B, 0x7A, 0x4B])
+LEAK = np.array([0xC0, 0x3A, 0x06])
 
 
 def pair(round: int = 1, image: int = 0, *, shape=(1, 8, 8), recovered: bool | None = True, **changes) -> Match:
@@ -23,9 +23,9 @@ def read(path) -> np.ndarray:
     return (imread(path)[..., :3] * 255).round().astype(int)
 
 
-def green(path) -> int:
+def framed(path) -> int:
     """How many pixels have the colour of the frame around a recovered image."""
-    return int((abs(read(path) - GREEN).max(axis=-1) < 3).sum())
+    return int((abs(read(path) - LEAK).max(axis=-1) < 3).sum())
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (1, 6, 12), (2, 8, 8)])
@@ -44,16 +44,17 @@ def test_any_shape_with_and_without_truth(tmp_path, shape, truth):
 def test_a_recovered_image_is_marked_and_another_is_not(tmp_path):
     reconstructions_png(tmp_path / "yes.png", [pair()])
     reconstructions_png(tmp_path / "no.png", [pair(recovered=False, mse=0.2, psnr=7.0)])
-    assert green(tmp_path / "yes.png") > 1000
-    assert green(tmp_path / "no.png") == 0
+    assert framed(tmp_path / "yes.png") > 1000
+    assert framed(tmp_path / "no.png") == 0
     assert "✓ 47 dB · MSE 2.0e-5" in words([pair()])
     assert "1 of 1 private image recovered" in words([pair()])
-    assert "✓" not in words([pair(recovered=False, mse=0.2, psnr=7.0)]).replace("(green, ✓", "")
+    assert "✓" not in words([pair(recovered=False, mse=0.2, psnr=7.0)]).replace("(framed, ✓", "")
 
 
 def test_a_wrong_label_is_shown():
-    assert "3 → 5" in words([pair(label_inferred=5)])
-    assert "3 → ?" in words([pair(label_inferred=None)])
+    assert "✗" not in words([pair()])
+    assert "3 → 5 ✗" in words([pair(label_inferred=5)])
+    assert "3 → ? ✗" in words([pair(label_inferred=None)])
 
 
 def test_what_is_left_out_is_said():
