@@ -1,0 +1,411 @@
+import io
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedleak.errors import UsageError
+from fedleak.report.charts import effort_charts, federation_charts, leak_charts
+from fedleak.report.html import embed, verdict, write_report
+from fedleak.report.run_data import distinct_names, read_run
+from fedleak.report.sprites import SETTINGS, pack
+
+
+def page(*runs, output=None) -> str:
+    return write_report(runs, output or runs[0].parent / "report.html").read_text()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_was_run_and_what_leaked(make_run):
+    html = page(make_run())
+    assert "recovered 6 of the 12 private images" in html
+    assert "first in round 1, last in round 3" in html
+    assert "2 of 2 attacked clients" in html
+    assert "fedleak run attack=idlg" in html
+    assert "honest-but-curious" in html
+    assert "how many samples a client trains on in a step" in html  # granted
+    assert "the labels of each private batch" in html  # withheld
+    assert "Missing or damaged" not in html
+    for name in ("seed", "device", "versions", "learning rate"):
+        assert f"<dt>{name}</dt>" in html
+
+
+def test_nothing_is_loaded_from_the_network(make_run):
+    html = page(make_run())
+    assert "default-src 'none'" in html
+    body = html.split("</style>")[1].split('<script type="module">')[0]
+    assert "http:" not in body
+    assert "https:" not in body
+
+
+def test_several_runs_show_their_differences_first(make_run):
+    html = page(make_run("one"), make_run("two", attack="dlg", batch=4))
+    table = html[html.index('<table class="compare">') : html.index("that are the same in all runs")]
+    assert table.index("federation.batch_size") < table.index("images recovered") < len(table)
+    assert "attack.name" in table
+    assert "federation.lr" not in table
+    assert "federation.lr" in html
+
+
+def test_names_are_distinct_and_short(tmp_path):
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "c"]
+    assert distinct_names(folders) == ["a/run", "b/run", f"{tmp_path.name}/c"]
+    assert distinct_names([tmp_path / "x", tmp_path / "x"]) == ["x", "x (2)"]
+    assert distinct_names([tmp_path / "x"]) == ["x"]
+
+
+EVIL = "</script><img src=x onerror=alert(1)><!--"
+
+
+def test_html_in_names_is_shown_not_executed(make_run):
+    folder = make_run("<b>evil<b>")
+    for name in ("attacks.csv", "summary.json"):
+        text = (folder / name).read_text().replace("converged", EVIL)
+        (folder / name).write_text(text.replace("fedleak run", f"fedleak {EVIL}"))
+    html = page(folder).split('<script type="module">')[0]  # beyond it there is no text but the chart library
+    assert "<img" not in html
+    assert "<b>evil" not in html
+    assert "&lt;b&gt;evil" in html
+    assert "&lt;/script&gt;&lt;img" in html
+
+
+def test_embedded_json_cannot_leave_its_element():
+    value = {"a": ["</script>", "<!--", "\u2028", "&", 1.5, float("nan"), float("inf"), None, True]}
+    text = str(embed(value))
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": ["</script>", "<!--", "\u2028", "&", 1.5, None, None, None, True]}
+
+
+# --- what is missing --------------------------------------------------------------------------------------------------
+
+FILES = (
+    "summary.json",
+    ".hydra/config.yaml",
+    "rounds.csv",
+    "attacks.csv",
+    "leakage.csv",
+    "truth",
+    "captures",
+    "truth/round-00001-client-00000.safetensors",
+    "captures/reconstructions/key/round-00001-client-00000.safetensors",
+)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "garbage", "empty"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_report_in_spite_of_damage_says_what_is_missing(make_run, name, damage):
+    folder = make_run()
+    path = folder / name
+    if damage == "missing":
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif path.is_dir() or (damage, path.suffix) == ("truncated", ".yaml"):
+        return  # a folder is there or not; half of a YAML file can be a YAML file
+    else:
+        data = path.read_bytes()
+        path.write_bytes({"truncated": data[: len(data) // 2], "garbage": b"\x00\xff<b>" * 99, "empty": b""}[damage])
+    assert read_run(folder).problems
+    html = page(folder)
+    assert "Missing or damaged" in html
+    assert "The leak</h2>" in html
+
+
+def test_a_damaged_reconstruction_leaves_the_others(make_run):
+    folder = make_run()
+    next((folder / "captures" / "reconstructions" / "key").glob("*")).write_bytes(b"no")
+    run = read_run(folder)
+    assert len(run.matches) == 10
+    assert any("damaged" in problem for problem in run.problems)
+
+
+def test_without_truth_the_rebuilt_images_are_shown(make_run):
+    folder = make_run(truth=False)
+    run = read_run(folder)
+    assert len(run.matches) == 12
+    assert all(m.rebuilt is not None and m.true is None for m in run.matches)
+    assert "nobody can say how close they came" in page(folder)
+
+
+def test_an_attack_on_an_earlier_run_finds_its_federation_and_truth(make_run):
+    folder = make_run()
+    again = folder / "attacks" / "dlg"
+    again.mkdir(parents=True)
+    for name in ("attacks.csv", "leakage.csv"):
+        shutil.copy(folder / name, again)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"run_dir": "../..", "reconstructions": "../../captures/reconstructions/key", "attack": "dlg"}
+    (again / "summary.json").write_text(json.dumps(summary))
+    run = read_run(again)
+    assert run.problems == []
+    assert len(run.rounds) == 3
+    assert all(m.true is not None for m in run.matches)
+
+
+def test_usage_errors(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        write_report([tmp_path / "nowhere"], tmp_path / "r.html")
+    with pytest.raises(UsageError, match="holds no results"):
+        write_report([tmp_path], tmp_path / "r.html")
+    with pytest.raises(UsageError, match="names no run directory"):
+        write_report([], tmp_path / "r.html")
+
+
+def test_the_output_must_be_a_file(make_run, tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        write_report([make_run()], tmp_path)
+
+
+# --- the charts -------------------------------------------------------------------------------------------------------
+
+
+def charts(*runs):
+    return {c.key: c for c in federation_charts(runs) + leak_charts(runs) + effort_charts(runs)}
+
+
+def test_charts_say_what_the_tables_hold(make_run):
+    made = charts(read_run(make_run(trace=True)))
+    assert made["labels"].sentence == "75% of the labels were inferred rightly, averaged over 6 updates."
+    assert made["recovered"].sentence == (
+        "Images were recovered in 3 of 3 attacked rounds, first in round 1; most in rounds 1, 2 and 3 (2 of 4 each)."
+    )
+    assert made["recovered"].rows[0][1:] == [1, "50.0%", "2 of 4 images"]
+    assert made["clients-0"].sentence == (
+        "2 of 2 attacked clients lost at least one image; most were lost by clients 0 and 1 (3 of 6 each)."
+    )
+    assert made["test_accuracy"].sentence == "From 50% in round 1 to 75% in round 3."
+    assert made["stops"].rows == [["run", "converged", 6]]
+    assert sum(row[2] for row in made["psnr"].rows) == sum(row[2] for row in made["mse"].rows) == 12
+    assert made["data-0"].rows == [[0, 0, 3], [0, 1, 3], [1, 0, 3], [1, 1, 3]]
+    assert len(made["traces"].rows) == 6 * 7
+    assert len(made["effort-objective"].rows) == 6
+    for chart in made.values():
+        assert chart.sentence
+        assert chart.rows
+        assert {len(row) for row in chart.rows} == {len(chart.columns)}
+
+
+def test_recovered_images_and_the_others_stand_on_their_sides_of_the_threshold(make_run):
+    psnr = charts(read_run(make_run()))["psnr"]
+    bars = psnr.spec["data"]["values"]
+    assert sum(bar["count"] for bar in bars if bar["low"] >= 30) == 6
+    assert sum(bar["count"] for bar in bars if bar["high"] <= 30) == 6
+
+
+def test_many_rounds_and_clients_stay_legible(make_run):
+    made = charts(read_run(make_run(rounds=60, clients=45, batch=1)))
+    assert len({v["client"] for v in made["clients-0"].spec["data"]["values"]}) == 40
+    assert "40 of 45 clients" in made["clients-0"].sentence
+    assert "40 of 60 attacked rounds" in made["clients-0"].sentence
+    assert len(made["effort-objective"].spec["data"]["values"]) == 1500
+
+
+def test_verdict_of_a_run_that_leaked_nothing(make_run):
+    folder = make_run()
+    text = (folder / "leakage.csv").read_text().replace("True", "False")
+    (folder / "leakage.csv").write_text(text)
+    run = read_run(folder)
+    assert verdict(run, {"label_accuracy": None, "final_test_accuracy": None}) == (
+        "The server recovered none of the 12 private images it went for."
+    )
+
+
+# --- the thumbnails ---------------------------------------------------------------------------------------------------
+
+
+def unpack(sprites):
+    sheets = [np.asarray(Image.open(io.BytesIO(sheet)).convert("RGB")) for sheet in sprites.sheets]
+    return [sheets[s][y : y + h, x : x + w] for s, x, y, w, h in sprites.places]
+
+
+@pytest.mark.parametrize("shapes", [[(8, 8)] * 5, [(28, 28)] * 6000, [(5, 9), (9, 5), (1, 1)], []])
+def test_thumbnails_are_exact_where_there_is_room(shapes):
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 4, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    sprites = pack(images, most_bytes=10_000_000)
+    assert sprites.lossless
+    assert sprites.side == SETTINGS[0][0]
+    for image, tile in zip(images, unpack(sprites), strict=True):
+        assert (image == tile).all()
+
+
+def test_thumbnails_shrink_to_the_budget():
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(200)]
+    sprites = pack(images, most_bytes=200_000)
+    assert sum(map(len, sprites.sheets)) <= 200_000
+    assert not sprites.lossless
+    assert len(sprites.places) == 200
+    large = pack([np.full((300, 150, 3), 200, np.uint8)], most_bytes=100_000)
+    assert large.places == [(0, 0, 0, 48, 96)]
+    assert (unpack(large)[0] == 200).all()
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+CARDS = "return [...document.querySelectorAll('#cards .card')].map(c => c.innerText)"
+
+
+# Contrast of every piece of text with what is behind it, as WCAG 2 defines it.
+CONTRAST = """
+  const linear = (v) => { v /= 255; return v <= 0.04 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
+  const luminance = (color) => {
+    const [r, g, b] = color.match(/[\\d.]+/g).map(Number);
+    return 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  };
+  const contrast = (a, b) => {
+    const [x, y] = [luminance(a), luminance(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05);
+  };
+  const behind = (e) => {
+    const color = getComputedStyle(e).backgroundColor;
+    return /, 0\\)$/.test(color) ? behind(e.parentElement) : color;
+  };
+  return [...document.querySelectorAll('p, h1, h2, h3, dt, dd, summary, button:enabled, a, td, .chip, .where')]
+    .filter((e) => e.innerText.trim()).map((e) => contrast(getComputedStyle(e).color, behind(e)));
+"""
+
+
+def opened(browser, path, *size, **options):
+    window = browser(*size, **options)
+    window.open(path)
+    window.wait(
+        "document.querySelectorAll('[data-chart]').length == document.querySelectorAll('[data-chart] svg').length"
+    )
+    return window
+
+
+def test_it_opens_without_complaints_and_the_filters_work(make_run, browser):
+    path = write_report([make_run(rounds=3, clients=2, batch=4, trace=True)], make_run("x").parent / "r.html")
+    window = opened(browser, path)
+    assert window.log() == []
+    requests = [json.loads(entry["message"])["message"] for entry in window.log("performance")]
+    urls = [r["params"]["request"]["url"] for r in requests if r["method"] == "Network.requestWillBeSent"]
+    assert urls
+    assert all(url.startswith(("file:", "blob:", "data:")) for url in urls)
+    assert window.run("return document.querySelectorAll('[data-chart] svg').length") >= 9
+
+    assert len(window.run(CARDS)) == 24
+    window.choose("recovered", "1")
+    cards = window.run(CARDS)
+    assert len(cards) == 6
+    assert all("recovered" in card and "40.0 dB" in card for card in cards)
+    window.choose("client", "1")
+    assert all("client 1" in card for card in window.run(CARDS))
+    assert len(window.run(CARDS)) == 3
+    window.choose("round", "2")
+    assert len(window.run(CARDS)) == 1
+    assert "1 to 1 of 1" in window.run("return document.getElementById('status').textContent")
+    window.choose("recovered", "0")
+    assert len(window.run(CARDS)) == 3
+    for name in ("recovered", "client", "round"):
+        window.choose(name, "")
+    window.choose("label", "0")
+    wrong = window.run(CARDS)
+    assert len(wrong) == 3
+    assert all("client 0, image 3" in card and "9" in card for card in wrong)
+    window.choose("label", "")
+    window.choose("order", "closest")
+    assert "recovered" in window.run(CARDS)[0]
+    window.choose("order", "farthest")
+    assert "recovered" not in window.run(CARDS)[0]
+    assert window.log() == []
+
+
+def test_pictures_are_where_they_should_be(make_run, browser):
+    """The pixels on the screen are those of the private image and of its reconstruction."""
+    folder = make_run(shape=(3, 6, 6))
+    window = opened(browser, write_report([folder], folder.parent / "r.html"))
+    first = read_run(folder).matches[0]
+    script = """
+      const i = document.querySelectorAll('#cards .card i')[arguments[0]], s = i.style;
+      const image = new Image(); image.src = s.backgroundImage.slice(5, -2); await image.decode();
+      const scale = parseFloat(s.backgroundSize) / image.width;
+      const [x, y] = s.backgroundPosition.split(' ').map(v => Math.round(-parseFloat(v) / scale));
+      const canvas = document.createElement('canvas'); canvas.width = canvas.height = 6;
+      const context = canvas.getContext('2d'); context.drawImage(image, -x, -y);
+      return [...context.getImageData(0, 0, 6, 6).data];
+    """
+    for index, image in enumerate((first.true, first.rebuilt)):
+        shown = torch.tensor(window.run(script, index)).reshape(6, 6, 4)[..., :3].permute(2, 0, 1) / 255
+        assert (shown - image).abs().max() <= 0.5 / 255 + 1e-6
+    box = window.run(
+        "const r = document.querySelector('#cards .card i').getBoundingClientRect(); return [r.width, r.height]"
+    )
+    assert box == [78, 78]
+    alt = window.run("return [...document.querySelectorAll('#cards .card i')].slice(0, 2).map(i => i.ariaLabel)")
+    assert alt[0] == "private image, label 0"
+    assert alt[1].startswith("rebuilt image, inferred label 0, 40.0 dB")
+
+
+def test_every_chart_has_words_and_a_table(make_run, browser):
+    window = opened(browser, write_report([make_run("a"), make_run("b", batch=3)], make_run("c").parent / "r.html"))
+    panels = window.run(
+        "return [...document.querySelectorAll('.panel')].map(p => [p.querySelector('.chart').ariaLabel.length,"
+        "p.querySelectorAll('tbody tr').length, p.querySelector('.chart svg').getBoundingClientRect().width])"
+    )
+    assert len(panels) > 10
+    assert [panel for panel in panels if panel[0] < 20 or panel[1] == 0 or panel[2] < 200] == []
+    unnamed = window.run(
+        "return [...document.querySelectorAll('button, select, a')].filter(e => !(e.ariaLabel || e.innerText.trim()"
+        "|| e.labels?.length)).length"
+    )
+    assert unnamed == 0
+    window.choose("run", "1")
+    assert len(window.run(CARDS)) == 18
+    assert window.log() == []
+
+
+def test_the_keyboard_reaches_everything(make_run, browser):
+    window = opened(browser, write_report([make_run()], make_run("x").parent / "r.html"))
+    seen = []
+    for _ in range(60):
+        window.press("Tab")
+        seen.append(window.run("const e = document.activeElement; return e.id || e.name || e.tagName"))
+    assert {"theme", "round", "client", "recovered", "order", "SUMMARY", "A"} <= set(seen)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_light_and_dark_on_a_phone(make_run, browser, dark):
+    window = opened(browser, write_report([make_run()], make_run("x").parent / "r.html"), 390, 800, dark=dark)
+    theme = "return document.documentElement.dataset.theme"
+    assert window.run(theme) == ("dark" if dark else "light")
+    for _ in range(2):
+        ratios = window.run(CONTRAST)
+        assert min(ratios) >= 4.5
+        window.run("document.getElementById('theme').click()")
+        window.wait("document.querySelectorAll('[data-chart] svg').length > 0")
+    assert window.run("document.getElementById('theme').click(); " + theme) != ("dark" if dark else "light")
+    assert window.run("return document.documentElement.scrollWidth") == 390
+    assert window.log() == []
+
+
+def test_evil_names_do_nothing_in_a_browser(make_run, browser):
+    folder = make_run("<img src=x onerror=alert(1)>")
+    (folder / "attacks.csv").write_text((folder / "attacks.csv").read_text().replace("converged", EVIL))
+    window = opened(browser, write_report([folder, make_run("plain")], folder.parent / "r.html"))
+    assert window.run("return document.querySelectorAll('img').length") == 0
+    assert "<img src=x onerror=alert(1)>" in window.run("return document.querySelector('h2.name').textContent")
+    assert window.log() == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_stay_small_and_fast(make_run, browser):
+    folder = make_run(rounds=125, clients=10, batch=8, shape=(3, 32, 32), std=0.3)
+    start = time.perf_counter()
+    path = write_report([folder], folder.parent / "r.html")
+    assert time.perf_counter() - start < 120
+    assert path.stat().st_size < 20_000_000
+    start = time.perf_counter()
+    window = opened(browser, path)
+    assert time.perf_counter() - start < 20
+    assert len(window.run(CARDS)) == 48
+    start = time.perf_counter()
+    window.choose("recovered", "1")
+    assert "of 1,250 chosen, 10,000 in all" in window.run("return document.getElementById('status').textContent")
+    assert time.perf_counter() - start < 2
+    assert window.log() == []
