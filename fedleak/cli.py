@@ -15,6 +15,9 @@ from fedleak.errors import FedleakError, UsageError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from fedleak.console import Console
+    from fedleak.pipeline import Outcome
+
 HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside, and see what its updates leak
 
   fedleak run [overrides]                   run a federation, attack every captured update, judge the result
@@ -233,7 +236,7 @@ def _refuse_overwriting(folder: Path) -> None:
             raise UsageError(f"output_dir={folder}: holds the results of an earlier run; name another, or remove it")
 
 
-def _report(console, outcome) -> None:  # type: ignore[no-untyped-def]
+def _report(console: Console, outcome: Outcome) -> None:
     console.table(outcome.table)
     picture = outcome.folder / "reconstructions.png"
     console.say(f"results in {outcome.folder}")

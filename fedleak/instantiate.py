@@ -11,29 +11,32 @@ from typing import Any
 from fedleak.errors import FedleakError, UsageError
 
 
-def locate(path: str, key: str) -> Callable[..., Any]:
+def locate(path: Any, key: str) -> Callable[..., Any]:
     """Import the class or function that ``key._target_=path`` names; raises `UsageError` if it cannot be."""
+    where = f"{key}._target_={path}"
+    mend = "give an import path such as my_file.MyClass"
+    if not isinstance(path, str) or "." not in path:
+        raise UsageError(f"{where} is no import path; {mend}")
     parts = path.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:cut])
         try:
             found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            # A missing module inside the user's own file is their error to see, not a wrong path.
-            if error.name and not (module_name == error.name or module_name.startswith(error.name + ".")):
-                raise UsageError(
-                    f"{key}._target_={path}: importing {module_name} needs {error.name}; install it"
-                ) from error
-            continue
-        try:
-            for part in parts[cut:]:
-                found = getattr(found, part)
-        except AttributeError as error:
-            raise UsageError(f"{key}._target_={path}: {error}; check the name") from error
+        except Exception as error:
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing and (module_name == missing or module_name.startswith(missing + ".")):
+                continue  # no such module: the last part may be a class in it
+            # The user's own file raises, or imports what is not installed: theirs to see.
+            text = " ".join(str(error).split())
+            raise UsageError(f"{where}: {module_name} fails: {type(error).__name__}: {text}; mend that") from error
+        for part in parts[cut:]:
+            if not hasattr(found, part):
+                raise UsageError(f"{where}: no {part} in {module_name}; check the name")
+            found = getattr(found, part)
         if not callable(found):
-            raise UsageError(f"{key}._target_={path}: not a class or function; name one")
+            raise UsageError(f"{where} is a {type(found).__name__}, not a class or function; name one")
         return found
-    raise UsageError(f"{key}._target_={path}: no such module; give module.Class, importable from here")
+    raise UsageError(f"{where}: no module named {parts[0]}; {mend}")
 
 
 def instantiate(node: Any, key: str) -> Any:

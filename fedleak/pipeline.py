@@ -106,7 +106,6 @@ def attack_again(
     if attack is None:
         raise UsageError("attack=none: there is nothing to do; choose an attack, see fedleak list")
     attack.check(ThreatModel(**config["threat"]), config["federation"]["payload"])
-    console.headline(describe(config, resolve_device(config["device"])))
     attacked = attack_captures(config, run_dir, attack, console)
     folder.mkdir(parents=True, exist_ok=True)
     return judge(config, run_dir, folder, attacked, time.perf_counter() - started, command)
@@ -131,10 +130,13 @@ def attack_captures(config: Mapping[str, Any], run_dir: Path, attack: Attack, co
     threat = ThreatModel(**config["threat"])
     store = CaptureStore.open(run_dir / "captures")
     victims = choose_victims(store.rows(), config["attack"]["every"], config["attack"]["clients"])
+    if not victims:
+        raise UsageError(f"{store.folder}: no captured update is left to attack; check attack.every, or repeat the run")
     observations = store.load(victims, threat=threat)
     knowledge = attacker_knowledge(config, store, threat)
     device = resolve_device(config["device"])
     where = run_dir / "captures" / "reconstructions" / _key(config, device)
+    console.headline(f"attack {attack.name} on {len(observations)} updates of {run_dir}, on {device}")
     with console.attack(attack.name, len(observations)) as on_progress:
         reconstructions = attack(
             observations,

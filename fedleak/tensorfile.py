@@ -15,12 +15,12 @@ from fedleak.errors import UsageError
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> str:
-    """Write `tensors` and a JSON `header` to `path` atomically; returns the file's SHA-256."""
+    """Write `tensors`, in order, and a JSON `header` to `path` atomically; returns the file's SHA-256."""
     from safetensors.torch import save as to_bytes  # lazily: a bare attack machine may lack safetensors
 
     data = to_bytes(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        metadata={"header": json.dumps(header or {})},
+        metadata={"header": json.dumps({"names": list(tensors), **(header or {})})},
     )
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
@@ -45,6 +45,7 @@ def load(path: Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], d
         tensors = {name: value.clone() for name, value in from_bytes(data).items()}
         size = int.from_bytes(data[:8], "little")
         header = json.loads(json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("header", "{}"))
+        tensors = {name: tensors[name] for name in header.pop("names", tensors)}
     except Exception as error:
         raise UsageError(f"{path}: damaged, not a readable safetensors file; restore it, or repeat the run") from error
     return tensors, header

@@ -39,10 +39,12 @@ def make_client_app(config: Mapping[str, Any], truth_dir: Path) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         """One round of local training, defended before anything leaves the client."""
         client = _partition(context)
-        server_round = int(message.content[CONFIG]["server-round"])  # type: ignore[index]
+        server_round = int(message.content.config_records[CONFIG]["server-round"])  # type: ignore[arg-type]
         scenario = build_scenario(config)
         with one_thread():
-            content = train_once(scenario, client, server_round, to_tensors(message.content[ARRAYS]), truth_dir)  # type: ignore[arg-type]
+            content = train_once(
+                scenario, client, server_round, to_tensors(message.content.array_records[ARRAYS]), truth_dir
+            )
         return Message(content, reply_to=message)
 
     return app
@@ -75,7 +77,7 @@ def train_once(
     origin = {name: received[name] if federation.payload == "weights" else torch.zeros(()) for name in names}
     change = {name: value - origin[name] for name, value in update.items()}
     random = generator(scenario.seed, "defense", client, server_round)
-    for name, value in scenario.defense.apply(change, generator=random).items():
+    for name, value in defend(scenario, change, random).items():
         if value is not change.get(name):  # adding the origin back would round what no defense touched
             update[name] = origin[name] + value if name in origin else value
     says = ConfigRecord({PARTITION: client, "lr": federation.lr, "local-steps": federation.local_steps})
@@ -88,6 +90,15 @@ def train_once(
             CLIENT: says,
         }
     )
+
+
+def defend(scenario: Scenario, change: dict[str, Tensor], random: torch.Generator) -> dict[str, Tensor]:
+    """The defended change; where every sample's gradient is shared, each sample's is defended on its own."""
+    if not scenario.threat.per_sample_gradients:
+        return scenario.defense.apply(change, generator=random)
+    samples = [dict(zip(change, values, strict=True)) for values in zip(*change.values(), strict=True)]
+    defended = [scenario.defense.apply(sample, generator=random) for sample in samples]
+    return {name: torch.stack([sample[name] for sample in defended]) for name in defended[0]}
 
 
 def _partition(context: Context) -> int:

@@ -145,7 +145,7 @@ class Eavesdropper(Strategy):
             try:
                 record = next(iter(reply.content.array_records.values()))
                 update, buffers = self._split(self._named(to_tensors(record)))
-                metrics = next(iter(reply.content.metric_records.values()), {})
+                metrics: Mapping[str, Any] = next(iter(reply.content.metric_records.values()), MetricRecord())
                 examples = metrics.get(EXAMPLES)
                 fault = find_fault(update, parameters, per_sample=self.per_sample)
                 error = None if fault is None else f"bad update: {fault}"

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -52,7 +53,7 @@ def make_server_app(
     app = ServerApp()
     federation = scenario.federation
     parameters, buffers = scenario.start()
-    common = {
+    common: dict[str, Any] = {
         "clients": federation.clients,
         "fraction": federation.fraction,
         "seed": scenario.seed,

@@ -98,7 +98,10 @@ class RepeatableFedAvg(FedAvg):
         return self._next(sent, arrays), metrics
 
     def _fault(self, reply: Message, sent: dict) -> str | None:
-        update = to_tensors(reply.content[ARRAYS])  # type: ignore[arg-type]
+        try:
+            update = to_tensors(reply.content.array_records[ARRAYS])
+        except Exception as error:  # a reply of any form must not stop the federation
+            return f"no readable {ARRAYS} record: {error}"
         names = [n for n in sent if n not in self.buffers]
         return find_fault(
             {n: v for n, v in update.items() if n not in self.buffers},
@@ -107,7 +110,7 @@ class RepeatableFedAvg(FedAvg):
         )
 
     def _mean_over_samples(self, reply: Message) -> Message:
-        update = to_tensors(reply.content[ARRAYS])  # type: ignore[arg-type]
+        update = to_tensors(reply.content.array_records[ARRAYS])
         mean = {n: v if n in self.buffers else v.mean(0) for n, v in update.items()}
         return Message(
             RecordDict({**reply.content, ARRAYS: to_arrays(mean)}),

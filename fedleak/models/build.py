@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from fedleak.errors import UsageError
+from fedleak.instantiate import locate
 from fedleak.models.init import INITIALISATIONS, initialise
 from fedleak.models.layers import Normalize, RepeatChannels
 
@@ -41,7 +41,7 @@ def build_model(config: Mapping[str, Any], image_shape: tuple[int, int, int], cl
     normalize = settings.pop("normalize", None)
     if init not in INITIALISATIONS:
         raise UsageError(f"model.init={init} is unknown; choose one of {', '.join(INITIALISATIONS)}")
-    factory = _locate(target)
+    factory = locate(target, "model")
     arguments = _arguments(factory, target, settings, image_shape, classes)
 
     with torch.random.fork_rng(devices=[]):
@@ -68,32 +68,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return [_plain(item) for item in value]
     return value
-
-
-def _locate(target: Any) -> Callable[..., Any]:
-    """The class or function at an import path."""
-    mend = "give an import path such as fedleak.models.LeNet, or my_file.MyModel with my_file.py here or on PYTHONPATH"
-    if not isinstance(target, str) or "." not in target:
-        raise UsageError(f"model._target_={target} is no import path; {mend}")
-    parts = target.split(".")
-    for split in range(len(parts) - 1, 0, -1):
-        module_name = ".".join(parts[:split])
-        try:
-            found: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-                continue  # no such module: the last part may be a class
-            raise UsageError(f"model._target_={target} cannot be imported: {_brief(error)}; {mend}") from error
-        except Exception as error:
-            raise UsageError(f"model._target_={target} cannot be imported: {_brief(error)}; mend that file") from error
-        for part in parts[split:]:
-            if not hasattr(found, part):
-                raise UsageError(f"model._target_={target} cannot be imported: no {part} in {module_name}; {mend}")
-            found = getattr(found, part)
-        if not callable(found):
-            raise UsageError(f"model._target_={target} is a {type(found).__name__}, not a class or function; {mend}")
-        return found
-    raise UsageError(f"model._target_={target} cannot be imported: no module named {parts[0]}; {mend}")
 
 
 def _arguments(

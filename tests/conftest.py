@@ -1,0 +1,43 @@
+"""Shared by all tests: one thread, so that results do not depend on the machine, and small runs of the real thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedleak.capture import Observation
+from fedleak.cli import main
+from fedleak.federation.local_update import local_update
+from fedleak.models import LeNet
+
+SMALL = ["federation.clients=2", "federation.rounds=2", "federation.batch_size=1", "attack.max_evaluations=400"]
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of `fedleak run` on digits: 2 clients, 2 rounds, batch size 1, iDLG. Read only."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    assert main(["run", *SMALL, f"output_dir={folder}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def observe() -> Callable[..., tuple[Observation, torch.Tensor, torch.Tensor]]:
+    """Make (observation, private images, private labels) of a fresh LeNet without a federation."""
+
+    def make(batch_size: int = 1, *, payload="gradient", lr: float = 0.1, local_steps: int = 1, seed: int = 0, **known):
+        torch.manual_seed(seed)
+        model = LeNet((1, 28, 28), 10)
+        for p in model.parameters():
+            torch.nn.init.uniform_(p, -0.5, 0.5)
+        images = torch.rand(batch_size * local_steps, 1, 28, 28)
+        labels = torch.randint(0, 10, (batch_size * local_steps,))
+        parameters = {n: p.detach() for n, p in model.named_parameters()}
+        result = local_update(model, parameters, {}, images, labels, local_steps=local_steps, lr=lr, payload=payload)
+        granted = {"batch_size": batch_size, "lr": lr, "local_steps": local_steps} | known
+        return Observation(1, 0, parameters, result.update, payload, **granted), images, labels
+
+    return make

@@ -1,0 +1,139 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
+from fedleak.errors import UsageError
+from fedleak.threat import ThreatModel
+
+START = {"w": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([0.5])}
+GRADIENT = {"w": torch.tensor([[0.25, -4.0]]), "b": torch.tensor([8.0])}
+
+
+def test_gradient_and_weights_payloads_mean_the_same():
+    lr, steps = 0.5, 4
+    gradient = Observation(1, 0, START, {n: g * steps for n, g in GRADIENT.items()}, "gradient", local_steps=steps)
+    new = {n: START[n] - lr * steps * GRADIENT[n] for n in START}
+    weights = Observation(1, 0, START, new, "weights", lr=lr, local_steps=steps)
+    assert (gradient.sign, weights.sign) == (1, -1)
+    assert (gradient.scale, weights.scale) == (4.0, 2.0)
+    for name in START:
+        assert torch.equal(gradient.gradient()[name], GRADIENT[name])
+        assert torch.equal(weights.gradient()[name], GRADIENT[name])
+
+
+def test_without_the_learning_rate_weights_give_the_gradient_up_to_a_positive_factor():
+    new = {n: START[n] - 0.25 * GRADIENT[n] for n in START}
+    observation = Observation(1, 0, START, new, "weights")
+    assert observation.scale is None
+    assert torch.equal(observation.gradient()["w"], 0.25 * GRADIENT["w"])
+
+
+@pytest.mark.parametrize(
+    ("update", "fault"),
+    [
+        ({"w": GRADIENT["w"]}, "missing tensor b"),
+        ({**GRADIENT, "x": torch.ones(1)}, "unknown tensor x"),
+        ({**GRADIENT, "b": torch.ones(2)}, r"wrong shape: b is \[2\], expected \[1\]"),
+        ({**GRADIENT, "w": torch.tensor([[1.0, float("nan")]])}, "not finite: w"),
+        ({**GRADIENT, "w": torch.tensor([[1.0, float("inf")]])}, "not finite: w"),
+    ],
+)
+def test_find_fault(update, fault):
+    with pytest.raises(AssertionError, match=fault):
+        raise AssertionError(find_fault(update, START))
+    assert find_fault(GRADIENT, START) is None
+
+
+def observation(round_, client, start=START, **more):
+    return Observation(round_, client, start, GRADIENT, batch_size=3, lr=0.1, local_steps=1, **more)
+
+
+def test_what_was_written_is_read_back_and_shared_parameters_are_stored_once(tmp_path):
+    store = CaptureStore.create(tmp_path, CaptureInfo(ThreatModel(labels=True), (1, 2, 1), 2))
+    other = {n: p + 1 for n, p in START.items()}
+    written = [
+        observation(1, 0, buffers={"mean": torch.ones(1)}, labels=torch.tensor([0, 1])),
+        observation(1, 1),
+        observation(2, 0, start=other),
+        observation(2, 1, start=START),  # an active server may send different models
+    ]
+    for o in reversed(written[:2]):  # replies come in any order
+        store.write(o)
+    for o in written[2:]:
+        store.write(o)
+    opened = CaptureStore.open(tmp_path)
+    assert opened.info == store.info
+    read = opened.load()
+    assert [(o.round, o.client) for o in read] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    for a, b in zip(written, read, strict=True):
+        for name in START:
+            assert torch.equal(a.parameters[name], b.parameters[name])
+            assert torch.equal(a.update[name], b.update[name])
+        assert (a.batch_size, a.lr, a.local_steps, a.payload) == (b.batch_size, b.lr, b.local_steps, b.payload)
+    assert torch.equal(read[0].buffers["mean"], torch.ones(1))
+    assert torch.equal(read[0].labels, torch.tensor([0, 1]))
+    assert read[0].parameters is read[1].parameters
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4 + 3
+
+
+def test_what_the_threat_model_withholds_is_never_written(tmp_path):
+    nothing = ThreatModel(batch_size=False, hyperparameters=False, buffers=False)
+    store = CaptureStore.create(tmp_path, CaptureInfo(nothing))
+    store.write(observation(1, 0, buffers={"mean": torch.ones(1)}, labels=torch.tensor([0, 1])))
+    [read] = CaptureStore.open(tmp_path).load()
+    assert (read.batch_size, read.lr, read.local_steps, read.labels, dict(read.buffers)) == (None, None, None, None, {})
+    with pytest.raises(UsageError, match=r"threat\.labels=true.*captured without"):
+        CaptureStore.open(tmp_path).load(threat=replace(nothing, labels=True))
+
+
+def test_a_narrower_threat_model_leaves_out_what_was_captured(tmp_path):
+    CaptureStore.create(tmp_path, CaptureInfo(ThreatModel())).write(observation(1, 0))
+    [read] = CaptureStore.open(tmp_path).load(threat=ThreatModel(batch_size=False))
+    assert read.batch_size is None
+    assert read.lr == 0.1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_capture_is_one_clear_error(tmp_path, damage):
+    CaptureStore.create(tmp_path, CaptureInfo()).write(observation(1, 0))
+    path = tmp_path / "round-00001-client-00000.safetensors"
+    data = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(data[:-3])
+    elif damage == "altered":
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    else:
+        path.unlink()
+    with pytest.raises(UsageError, match=r"round-00001-client-00000\.safetensors: .*(restore|repeat)"):
+        CaptureStore.open(tmp_path).load()
+
+
+def test_a_damaged_index_or_info_is_one_clear_error(tmp_path):
+    store = CaptureStore.create(tmp_path, CaptureInfo())
+    store.write(observation(1, 0))
+    index = tmp_path / "index.jsonl"
+    index.write_text(index.read_text() + '{"round": 1,')
+    with pytest.raises(UsageError, match="line 2 is damaged"):
+        CaptureStore.open(tmp_path).rows()
+    (tmp_path / "info.json").write_text(json.dumps({"threat": {}}))
+    with pytest.raises(UsageError, match=r"info\.json: damaged"):
+        CaptureStore.open(tmp_path)
+
+
+def test_a_store_is_never_overwritten(tmp_path):
+    CaptureStore.create(tmp_path, CaptureInfo())
+    with pytest.raises(UsageError, match="holds captures already"):
+        CaptureStore.create(tmp_path, CaptureInfo())
+    with pytest.raises(UsageError, match="no captures here"):
+        CaptureStore.open(tmp_path / "elsewhere")
+
+
+def test_an_unusable_update_is_reported_without_its_tensors(tmp_path):
+    bad = Observation(1, 0, START, {"w": torch.full((1, 2), float("nan"))}, error="bad update: not finite: w")
+    CaptureStore.create(tmp_path, CaptureInfo()).write(bad)
+    [read] = CaptureStore.open(tmp_path).load()
+    assert read.error == "bad update: not finite: w"
+    assert dict(read.update) == {}

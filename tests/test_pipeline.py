@@ -1,0 +1,192 @@
+"""What `design.md`'s promises come down to, on real runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedleak.attacks.store import load_reconstructions
+from fedleak.cli import main
+from fedleak.pipeline import choose_victims
+
+
+def tables_without_seconds(folder: Path) -> list[str]:
+    """A run's three tables as text, without the columns of seconds, which differ from run to run."""
+    tables = (pd.read_csv(folder / f"{name}.csv", dtype=str) for name in ("rounds", "attacks", "leakage"))
+    return [table.drop(columns="seconds", errors="ignore").to_csv() for table in tables]
+
+
+def test_a_run_directory_holds_what_the_contract_says(small_run):
+    assert {p.name for p in small_run.iterdir()} == {
+        ".hydra",
+        "captures",
+        "truth",
+        "rounds.csv",
+        "attacks.csv",
+        "leakage.csv",
+        "summary.json",
+        "reconstructions.png",
+    }
+    columns = {
+        "rounds": "round,clients,train_loss,test_accuracy,seconds",
+        "attacks": "round,client,attack,defense,batch_size,label_accuracy,labels_exact,objective,evaluations,seconds,"
+        "stop_reason,update_residual",
+        "leakage": "round,client,image,label_true,label_inferred,mse,psnr,ssim,recovered",
+    }
+    for name, header in columns.items():
+        assert (small_run / f"{name}.csv").read_text().splitlines()[0] == header
+    rounds, attacks, leakage = (pd.read_csv(small_run / f"{name}.csv") for name in columns)
+    assert list(rounds["round"]) == [1, 2]
+    assert len(attacks) == len(leakage) == 4
+    assert attacks.label_accuracy.eq(1.0).all()
+    assert leakage.recovered.sum() >= 3
+    assert attacks.update_residual.max() < 1e-5
+    summary = json.loads((small_run / "summary.json").read_text())
+    assert summary["command"].startswith("fedleak run federation.clients=2")
+    assert summary["threat"]["withheld"] == ["auxiliary_data", "labels", "per_sample_gradients"]
+    assert len(load_reconstructions(small_run)) == 4
+
+
+def test_one_seed_one_result(small_run, tmp_path):
+    overrides = json.loads((small_run / "summary.json").read_text())["command"].split()[2:-1]
+    assert main(["run", *overrides, f"output_dir={tmp_path / 'again'}"]) == 0
+    assert tables_without_seconds(tmp_path / "again") == tables_without_seconds(small_run)
+    assert main(["run", *overrides, "seed=1", f"output_dir={tmp_path / 'other'}"]) == 0
+    assert tables_without_seconds(tmp_path / "other") != tables_without_seconds(small_run)
+
+
+@pytest.fixture
+def copied(small_run, tmp_path) -> Path:
+    """A copy of the small run without its finished reconstructions, so that attacks compute anew."""
+    folder = tmp_path / "run"
+    shutil.copytree(small_run, folder)
+    shutil.rmtree(folder / "captures" / "reconstructions")
+    return folder
+
+
+def images(folder: Path) -> list[torch.Tensor]:
+    return [r.images for r in load_reconstructions(folder)]
+
+
+def test_poisoned_or_deleted_truth_changes_no_reconstruction(small_run, copied):
+    for path in (copied / "truth").iterdir():
+        tensors = load_file(path)
+        poisoned = {"images": torch.rand_like(tensors["images"]), "labels": (tensors["labels"] + 1) % 10}
+        save_file(poisoned, path, metadata={"header": '{"local_steps": 1}'})
+    assert main(["attack", f"run_dir={copied}"]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(images(small_run), images(copied / "attacks/idlg"), strict=True))
+    scores = pd.read_csv(copied / "attacks/idlg/attacks.csv")
+    assert scores.label_accuracy.eq(0).all(), "the judgement does open the truth"
+    assert scores.update_residual.min() > 0.1
+
+    shutil.rmtree(copied / "truth")
+    shutil.rmtree(copied / "captures" / "reconstructions")
+    assert main(["attack", f"run_dir={copied}", f"output_dir={copied / 'blind'}"]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(images(small_run), images(copied / "blind"), strict=True))
+    blind = pd.read_csv(copied / "blind/leakage.csv")
+    assert len(blind) == 4
+    assert blind[["label_true", "mse", "psnr", "ssim", "recovered"]].isna().all(axis=None)
+    assert blind.label_inferred.notna().all()
+    assert (copied / "blind/reconstructions.png").exists()
+
+
+def test_a_killed_attack_goes_on_from_what_was_finished(small_run, copied, monkeypatch):
+    from fedleak.attacks import store
+
+    finished = []
+    write = store.ReconstructionStore.write
+
+    def write_then_die(self, reconstruction):
+        write(self, reconstruction)
+        finished.append((reconstruction.round, reconstruction.client))
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.ReconstructionStore, "write", write_then_die)
+    assert main(["attack", f"run_dir={copied}"]) == 130
+    assert main(["attack", f"run_dir={copied}"]) == 0
+    assert len(finished) == len(set(finished)) == 4, "nothing was computed twice"
+    assert all(torch.equal(a, b) for a, b in zip(images(small_run), images(copied / "attacks/idlg"), strict=True))
+
+
+def test_another_attack_on_the_same_captures_leaves_the_run_alone(small_run, tmp_path):
+    before = {p: p.read_bytes() for p in small_run.glob("*.csv")}
+    out = tmp_path / "labels"
+    assert main(["attack", f"run_dir={small_run}", "attack=labels_only", "attack.clients=1", f"output_dir={out}"]) == 0
+    assert {p: p.read_bytes() for p in small_run.glob("*.csv")} == before
+    attacks = pd.read_csv(out / "attacks.csv")
+    assert list(attacks.client) == [0, 0]
+    assert set(attacks.stop_reason) == {"labels_only"}
+
+
+def test_fedavg_of_one_step_and_fedsgd_leak_the_same_labels(tmp_path):
+    common = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=3", "attack=labels_only"]
+    leaked = []
+    for payload in ("gradient", "weights"):
+        folder = tmp_path / payload
+        assert main(["run", *common, f"federation.payload={payload}", f"output_dir={folder}"]) == 0
+        leaked.append(list(pd.read_csv(folder / "leakage.csv").label_inferred))
+        assert pd.read_csv(folder / "attacks.csv").update_residual.max() < 1e-3
+    assert leaked[0] == leaked[1]
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [["defense=gaussian", "defense.std=0.1"], ["defense=pruning", "defense.ratio=0.9"]],
+    ids=["gaussian", "pruning"],
+)
+def test_a_strong_defense_stops_the_images(tmp_path, defense):
+    folder = tmp_path / "run"
+    common = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=1", "attack.max_evaluations=300"]
+    assert main(["run", *common, "attack.restarts=1", *defense, f"output_dir={folder}"]) == 0
+    assert pd.read_csv(folder / "leakage.csv").recovered.sum() == 0
+    attacks = pd.read_csv(folder / "attacks.csv")
+    assert attacks.defense.str.contains(defense[0].split("=")[1]).all()
+    assert attacks.update_residual.min() > 0.05
+
+
+def test_per_sample_gradients_give_every_label_of_a_batch(tmp_path):
+    folder = tmp_path / "run"
+    run = ["run", "attack=idlg_per_sample", "attack/inversion=none", "federation.clients=2", "federation.rounds=1"]
+    assert main([*run, "federation.batch_size=6", f"output_dir={folder}"]) == 0
+    assert pd.read_csv(folder / "attacks.csv").labels_exact.all()
+
+
+def test_labels_travel_only_when_they_are_granted(tmp_path):
+    run = ["run", "attack=none", "federation.clients=1", "federation.rounds=1"]
+    for granted in ("true", "false"):
+        folder = tmp_path / granted
+        assert main([*run, f"threat.labels={granted}", f"output_dir={folder}"]) == 0
+        captured = load_file(folder / "captures" / "round-00001-client-00000.safetensors")
+        assert ("labels" in captured) == (granted == "true")
+        assert len(pd.read_csv(folder / "attacks.csv")) == 0
+
+
+def test_victims_are_chosen_by_round_and_client():
+    rows = [{"round": r, "client": c} for r in range(1, 5) for c in (0, 2, 5)]
+    chosen = choose_victims(rows, 2, 2)
+    assert [(v["round"], v["client"]) for v in chosen] == [(1, 0), (1, 2), (3, 0), (3, 2)]
+    assert choose_victims(rows, "auto", "all") == rows
+    long = [{"round": r, "client": 0} for r in range(1, 101)]
+    assert [v["round"] for v in choose_victims(long, "auto", "all")] == list(range(1, 101, 10))
+
+
+@pytest.mark.slow
+def test_both_engines_give_the_same_tables_and_captures(tmp_path):
+    run = [
+        "run",
+        "federation.clients=3",
+        "federation.rounds=2",
+        "federation.fraction=0.7",
+        "federation.batch_size=1",
+        "attack.max_evaluations=200",
+    ]
+    for engine in ("local", "ray"):
+        assert main([*run, f"engine={engine}", f"output_dir={tmp_path / engine}"]) == 0
+    assert tables_without_seconds(tmp_path / "local") == tables_without_seconds(tmp_path / "ray")
+    for path in (tmp_path / "local" / "captures").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "ray" / "captures" / path.name).read_bytes()
