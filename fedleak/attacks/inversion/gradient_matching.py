@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Reconstruction
+from fedleak.attacks.inversion.basis import Basis
 from fedleak.attacks.inversion.fast import chain_distance
 from fedleak.attacks.inversion.gradients import Distance, Rows, Victim, VmapDistance, check_update
 from fedleak.attacks.inversion.objectives import L2, Objective
@@ -54,6 +55,7 @@ class GradientMatching(Inversion):
             memory halves it and goes on.
         trace_every: keep (evaluations, objective) of the returned start every so many evaluations; 0 keeps none.
         candidates: label multisets of a guess to try, most likely first; the lowest objective wins.
+        smoothness: 0 seeks pixels, as the papers do; more seeks amplitudes of cosines, see `Basis`.
         project: keep the images in [0, 1] after every step (for Adam).
         patience: a start has stalled when its best objective fell by less than a thousandth over so many evaluations.
         limit: a start has diverged when the root mean square of (pixel − 0.5) exceeds this.
@@ -76,6 +78,7 @@ class GradientMatching(Inversion):
         chunk_size: int | None = None,
         trace_every: int = 0,
         candidates: int = 1,
+        smoothness: float = 0.0,
         project: bool = False,
         patience: int = 200,
         limit: float = 10.0,
@@ -101,6 +104,7 @@ class GradientMatching(Inversion):
         self.chunk_size = chunk_size
         self.trace_every = trace_every
         self.candidates = candidates
+        self.smoothness = smoothness
         self.project = project
         self.patience = patience
         self.limit = limit
@@ -408,6 +412,9 @@ class _Solver:
         self.shape = (cases[0].size, *self.knowledge.image_shape)
         self.pixels = int(np.prod(self.shape))
         self.joint = cases[0].labels is None
+        self.basis = Basis(
+            self.knowledge.image_shape, self.config.smoothness, device=self.distance.device, dtype=self.config.dtype
+        )
         queue = deque(self._next(case) for case in cases)
         chunk = self.config.chunk_size or self._chunk()
         while queue:
@@ -441,10 +448,13 @@ class _Solver:
         points, labels = [], []
         for start in starts:
             images, logits = config.first_point(start.case, start.restart, self.knowledge, self.seed)
-            points.append(torch.cat([images.flatten(), logits.flatten()]) if logits is not None else images.flatten())
+            point = self.basis.unknowns(images.to(device, config.dtype)).flatten()
+            if logits is not None:
+                point = torch.cat([point, logits.to(point).flatten()])
+            points.append(point)
             if start.case.labels is not None:
                 labels.append(start.case.labels[start.candidate])
-        x = torch.stack(points).to(device, config.dtype)
+        x = torch.stack(points)
         infinite = x.new_full((len(starts),), torch.inf)
         own: Rows = {
             "x": x,
@@ -472,10 +482,10 @@ class _Solver:
             began = time.perf_counter()
             own = rows["own"]
             live = sum(start is not None for start in self.running)
-            value, gradient = self._evaluate(rows)
+            images, value, gradient = self._evaluate(rows)
             iteration += 1
             self.results.evaluations += live
-            codes = self._judge(own, value, gradient)
+            codes = self._judge(own, images, value, gradient)
             if config.trace_every:
                 self._trace(value, iteration)
             self.results.progress(lambda best=own["best"]: best.tolist())  # type: ignore[misc]
@@ -494,7 +504,8 @@ class _Solver:
                 own["evaluations"] / config.max_evaluations,
             )
             if config.project:
-                own["x"][:, : self.pixels].clamp_(0, 1)
+                images = self._images(own["x"]).clamp(0, 1)
+                own["x"][:, : self.pixels] = self.basis.unknowns(images).flatten(1)
             if fresh:
                 slots = torch.tensor([slot for slot, _ in fresh], device=self.distance.device)
                 for kind, new in self._launch([start for _, start in fresh]).items():
@@ -513,26 +524,30 @@ class _Solver:
                 self.running = [self.running[slot] for slot in kept]
             clock += (time.perf_counter() - began) / live
 
-    def _evaluate(self, rows: dict[str, Rows]) -> tuple[Tensor, Tensor]:
-        """Objective plus priors ``[P]`` and its gradient ``[P, D]``, unscaled."""
+    def _images(self, x: Tensor) -> Tensor:
+        """Images ``[P, B, C, H, W]`` of unknowns ``[P, D]``."""
+        return self.basis.images(x[:, : self.pixels].unflatten(1, self.shape))
+
+    def _evaluate(self, rows: dict[str, Rows]) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, objective plus priors ``[P]`` and its gradient with respect to the unknowns ``[P, D]``, unscaled."""
         own = rows["own"]
-        images = own["x"][:, : self.pixels].unflatten(1, self.shape)
+        images = self._images(own["x"])
         logits = own["x"][:, self.pixels :].unflatten(1, (self.shape[0], -1)) if self.joint else None
         labels = own["labels"] if logits is None else logits.softmax(2)
         value, gradient, by_labels = self.distance.evaluate(rows["data"], images, labels, with_labels=self.joint)
         if self.config.priors:
             with torch.enable_grad():
-                images = images.detach().requires_grad_()
-                penalty = torch.stack([prior(images) for prior in self.config.priors]).sum(0)
+                leaf = images.detach().requires_grad_()
+                penalty = torch.stack([prior(leaf) for prior in self.config.priors]).sum(0)
                 value = value + penalty.detach()
-                gradient = gradient + torch.autograd.grad(penalty.sum(), images)[0]
-        gradient = gradient.flatten(1)
+                gradient = gradient + torch.autograd.grad(penalty.sum(), leaf)[0]
+        gradient = self.basis.pull(gradient).flatten(1)
         if by_labels is not None:
             by_logits = labels * (by_labels - (labels * by_labels).sum(2, keepdim=True))
             gradient = torch.cat([gradient, by_logits.flatten(1)], 1)
-        return value, gradient
+        return images, value, gradient
 
-    def _judge(self, own: Rows, value: Tensor, gradient: Tensor) -> list[int]:
+    def _judge(self, own: Rows, images: Tensor, value: Tensor, gradient: Tensor) -> list[int]:
         """Book the evaluation of every slot's `x`, and say which slots are to end: indices into REASONS."""
         config = self.config
         own["evaluations"] = evaluations = own["evaluations"] + 1
@@ -542,7 +557,7 @@ class _Solver:
         fell = best < 0.999 * own["mark"]
         own["mark"] = torch.where(fell, best, own["mark"])
         own["marked"] = marked = torch.where(fell, evaluations, own["marked"])
-        spread = (own["x"][:, : self.pixels] - 0.5).square().mean(1).sqrt()
+        spread = (images - 0.5).flatten(1).square().mean(1).sqrt()
         sane = value.isfinite() & gradient.isfinite().all(1) & (spread <= config.limit)
         code = torch.zeros_like(evaluations)
         code = torch.where(evaluations >= config.max_evaluations, 4, code)
@@ -567,8 +582,9 @@ class _Solver:
     ) -> None:
         """Book what these slots found; report cases that are done, queue the next start of those that are not."""
         index = torch.tensor(ended, device=self.distance.device)
-        found, best = own["best_x"][index].cpu(), own["best"][index].tolist()
-        for slot, x, value in zip(ended, found, best, strict=True):
+        points, best = own["best_x"][index], own["best"][index].tolist()
+        found, logits = self._images(points).float().clamp(0, 1).cpu(), points[:, self.pixels :].cpu()
+        for slot, images, logit, value in zip(ended, found, logits, best, strict=True):
             start = self.running[slot]
             assert start is not None
             self.running[slot] = None
@@ -577,10 +593,10 @@ class _Solver:
             case.seconds += clock - start.clock
             if value < case.best:
                 case.best, case.stop_reason, case.trace = value, reason, start.trace
-                case.images = x[: self.pixels].unflatten(0, self.shape).float().clamp(0, 1)
+                case.images = images
                 case.details = {"start": start.restart, "candidate": start.candidate}
                 if case.labels is None:
-                    case.best_labels = x[self.pixels :].unflatten(0, (self.shape[0], -1)).argmax(1)
+                    case.best_labels = logit.unflatten(0, (self.shape[0], -1)).argmax(1)
                 else:
                     case.best_labels = case.labels[start.candidate].cpu()
             if reason == "converged" or case.attempt()[0] >= self.config.restarts:
