@@ -110,7 +110,9 @@ def test_a_killed_attack_goes_on_from_what_was_finished(small_run, copied, monke
     assert main(["attack", f"run_dir={copied}"]) == 130
     assert main(["attack", f"run_dir={copied}"]) == 0
     assert len(finished) == len(set(finished)) == 4, "nothing was computed twice"
-    assert all(torch.equal(a, b) for a, b in zip(images(small_run), images(copied / "attacks/idlg"), strict=True))
+    # The two left over were solved beside fewer others, which rounds differently, but leads to the same images.
+    for one, other in zip(images(small_run), images(copied / "attacks/idlg"), strict=True):
+        assert (one - other).square().mean() < 1e-3
 
 
 def test_another_attack_on_the_same_captures_leaves_the_run_alone(small_run, tmp_path):
