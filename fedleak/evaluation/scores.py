@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from fedleak.attacks.base import Reconstruction
@@ -76,7 +77,7 @@ def failed(reconstruction: Reconstruction) -> bool:
     return len(reconstruction.labels) == 0 and len(reconstruction.images) == 0
 
 
-def match(reconstruction: Reconstruction, truth: Truth | None) -> list[Match]:
+def match(reconstruction: Reconstruction, truth: Truth | None, *, similarity: bool = True) -> list[Match]:
     """Pair each private image with the rebuilt one that is its own in the best assignment of the batch.
 
     Where no images were rebuilt (``labels_only``), labels found in both multisets are paired first, and the rest in
@@ -85,6 +86,7 @@ def match(reconstruction: Reconstruction, truth: Truth | None) -> list[Match]:
     Args:
         reconstruction: ``[B', C, H, W]`` images and ``[B']`` labels, either of them possibly empty.
         truth: the private batch, all local steps together, or None.
+        similarity: whether to compute SSIM, by far the slowest of the metrics; without it, it is None.
 
     Returns:
         One `Match` for each private image, or, without truth, for each rebuilt one; none if the attack `failed`.
@@ -116,13 +118,14 @@ def match(reconstruction: Reconstruction, truth: Truth | None) -> list[Match]:
     partner = assign(truth.images, rebuilt).tolist()
     paired = [(i, j) for i, j in enumerate(partner) if j >= 0]
     a, b = truth.images[[i for i, _ in paired]], rebuilt[[j for _, j in paired]]
-    scores = dict(zip((i for i, _ in paired), zip(mse(a, b), psnr(a, b), ssim(a, b), strict=True), strict=True))
+    similarities = ssim(a, b) if similarity else torch.full((len(a),), torch.nan)
+    scores = dict(zip((i for i, _ in paired), zip(mse(a, b), psnr(a, b), similarities, strict=True), strict=True))
     matches = []
     for i, j in enumerate(partner):
         if j < 0:
             matches.append(where(image=i, label_true=true_labels[i], recovered=False, true=truth.images[i]))
             continue
-        error, decibels, similarity = (float(score) for score in scores[i])
+        error, decibels, structural = (float(score) for score in scores[i])
         matches.append(
             where(
                 image=i,
@@ -130,7 +133,7 @@ def match(reconstruction: Reconstruction, truth: Truth | None) -> list[Match]:
                 label_inferred=inferred[j] if j < len(inferred) else None,
                 mse=error,
                 psnr=decibels,
-                ssim=None if math.isnan(similarity) else similarity,
+                ssim=None if math.isnan(structural) else structural,
                 recovered=error < RECOVERED_MSE,
                 true=truth.images[i],
                 rebuilt=rebuilt[j],

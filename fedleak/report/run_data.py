@@ -134,7 +134,9 @@ def _read_images(run: RunData, folder: Path, truths: TruthStore) -> None:
         alone += truth is None and truths.folder.is_dir()
         if reconstruction.trace:
             run.traces.append((*where, reconstruction.trace))
-        pairs = _attempt(run, f"reconstructions/{path.name}", None, partial(match, reconstruction, truth))
+        pairs = _attempt(
+            run, f"reconstructions/{path.name}", None, partial(match, reconstruction, truth, similarity=False)
+        )
         run.matches += match(reconstruction, None) if pairs is None else pairs
     if alone:
         run.problems.append(f"The private images of {alone} attacked updates are not in truth/, or damaged.")

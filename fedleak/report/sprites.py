@@ -9,8 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fedleak.report.pictures import evenly
+
 SHEET_SIDE = 2048
-SETTINGS = ((96, None), (64, None), (96, 85), (64, 80), (48, 70), (32, 60), (24, 40), (16, 25))
+SAMPLE = 400  # images that a setting's size is estimated from, before all are encoded
+SETTINGS: tuple[tuple[int, int | None], ...] = (
+    (96, None),
+    (64, None),
+    (96, 85),
+    (64, 80),
+    (48, 80),
+    (32, 80),
+    (32, 60),
+    (32, 40),
+    (32, 20),
+    (24, 40),
+    (16, 25),
+)
 """(longest side in pixels, WebP quality or None for lossless), the first that fits the budget is taken."""
 
 
@@ -40,21 +55,25 @@ def pack(images: Sequence[np.ndarray], *, most_bytes: int) -> Sprites:
         images: ``[H, W, 3]`` bytes each, sizes may differ.
         most_bytes: budget of all sheets together; missed only if even the coarsest setting is larger.
     """
+    sample = [images[i] for i in evenly(len(images), SAMPLE)]
+    share = most_bytes * len(sample) / max(1, len(images))
     for side, quality in SETTINGS:
-        tiles = [_shrink(image, side) for image in images]
-        sheets, places = _layout(tiles)
-        if quality is None and sum(sheet.size for sheet in sheets) > 40 * most_bytes:
-            continue  # no need to try: nothing but blank images shrinks so far
-        files: list[bytes] = []
-        for sheet in sheets:
-            files.append(_encode(sheet, quality))
-            if sum(map(len, files)) > most_bytes:
-                break
-        else:
+        last = (side, quality) == SETTINGS[-1]
+        if len(sample) < len(images) and not last and sum(map(len, _sheets(sample, side, quality)[0])) > share:
+            continue
+        files, sizes, places = _sheets(images, side, quality)
+        if last or sum(map(len, files)) <= most_bytes:
             break
-    else:
-        files = [_encode(sheet, SETTINGS[-1][1]) for sheet in sheets]
-    return Sprites(files, [(s.shape[1], s.shape[0]) for s in sheets], places, quality is None, side)
+    return Sprites(files, sizes, places, quality is None, side)
+
+
+def _sheets(
+    images: Sequence[np.ndarray], side: int, quality: int | None
+) -> tuple[list[bytes], list[tuple[int, int]], list[tuple[int, int, int, int, int]]]:
+    """All images at one setting: files, their sizes, and where each image is."""
+    sheets, places = _layout([_shrink(image, side) for image in images])
+    files = [_encode(sheet, quality) for sheet in sheets]
+    return files, [(sheet.shape[1], sheet.shape[0]) for sheet in sheets], places
 
 
 def _shrink(image: np.ndarray, side: int) -> np.ndarray:

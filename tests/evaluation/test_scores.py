@@ -112,6 +112,15 @@ def test_more_rebuilt_images_than_private_ones():
     assert row["labels_exact"] is False
 
 
+def test_similarity_can_be_left_out():
+    truth = batch([1, 2])
+    near = rebuilt((truth.images + 0.1).clamp(0, 1), [1, 2])
+    full, quick = match(near, truth), match(near, truth, similarity=False)
+    assert all(m.ssim is not None and 0 < m.ssim < 1 for m in full)
+    assert [m.ssim for m in quick] == [None, None]
+    assert [m.mse for m in quick] == [m.mse for m in full]
+
+
 def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="compare"):
         match(rebuilt(torch.zeros(1, 3, 12, 12), [1]), batch([1]))
