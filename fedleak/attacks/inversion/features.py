@@ -1,0 +1,186 @@
+"""Row-space matching: every sample's features from the last layer's gradient of a whole batch.
+
+The last layer's gradient is G = ∂L/∂[W b] = Σ_i r_i h̃_iᵀ / B with h̃_i = [h_i; 1] and r_i = softmax(W h_i + b) − e_y.
+If B ≤ classes and G has rank B, then its singular vectors U ``[classes, B]`` and R ``[d + 1, B]`` span the r_i and the
+h̃_i. So h̃_i = R c for some c in ℝ^B, and what is left of r_i outside the span of U must vanish:
+
+    (I − U Uᵀ) (softmax([W b] R c) − e_y) = 0        with        (R c)_{d+1} = 1.
+
+Those are classes − B equations in B − 1 unknowns, for each sample alone: a batch falls apart into its samples. A label
+that is not in the batch has no root, as a rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Roots:
+    """What row-space matching found for N updates, L labels and S starts each.
+
+    Attributes:
+        features: ``[N, L, S, d]``.
+        residual: ``[N, L, S]``, ‖(I − U Uᵀ) r‖² / ‖r‖²; at a root it is the square of the gradient's rounding.
+        separation: ``[N]``, smallest over largest singular value of the gradient: rounding is amplified by its inverse.
+    """
+
+    features: Tensor
+    residual: Tensor
+    separation: Tensor
+
+
+def row_space_features(
+    weight: Tensor,
+    bias: Tensor,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    *,
+    starts: int = 16,
+    steps: int = 60,
+    seed: int = 0,
+    initial: Tensor | None = None,
+) -> Roots:
+    """Solve for the features of a sample of each label, by Levenberg–Marquardt from several starts at once.
+
+    Args:
+        weight: ``[N, C, d]``, the last layer of each update's model.
+        bias: ``[N, C]``.
+        weight_gradient: ``[N, C, d]``, of the mean cross-entropy.
+        bias_gradient: ``[N, C]``.
+        labels: ``[N, L]`` int64, label hypotheses.
+        batch_size: samples in the batch, B; at most half of the classes and at most d, or there is nothing to match.
+        starts: starts for each label; they are combinations of the gradient's rows, so nothing else need be known.
+        steps: Levenberg–Marquardt steps.
+        seed: decides the starts.
+        initial: ``[N, L, S, d]``, features to start from instead.
+
+    Returns:
+        the end of every start; float64, computed where the inputs lie.
+    """
+    weights = torch.cat([weight, bias[..., None]], -1).double()
+    gradients = torch.cat([weight_gradient, bias_gradient[..., None]], -1).double()
+    left, values, right = torch.linalg.svd(gradients, full_matrices=False)
+    left, values, rows = left[..., :batch_size], values[:, :batch_size], right[:, :batch_size].mT
+    logits = weights @ rows  # [N, C, B]
+    if initial is None:
+        c = _starts(gradients, rows, starts, seed)[:, None].expand(-1, labels.shape[1], -1, -1)  # [N, L, S, B]
+    else:
+        c = F.pad(initial.double(), (0, 1), value=1.0) @ rows[:, None]
+        c = c / (c @ rows[:, None, -1, :, None])
+    one_hot = F.one_hot(labels, weight.shape[1]).double()[:, :, None]
+    # Steps stay where the last feature is 1: they are orthogonal to R's last row.
+    tangent = torch.linalg.svd(rows[:, -1:], full_matrices=True).Vh[:, 1:].mT  # [N, B, B − 1]
+    slopes = (logits @ tangent)[:, None, None]
+    span = left[:, None, None]
+
+    def outside(vectors: Tensor) -> Tensor:
+        return vectors - span @ (span.mT @ vectors)
+
+    def residual(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        p = (c @ logits.mT[:, None]).softmax(-1)
+        r = outside((p - one_hot)[..., None])[..., 0]
+        return r, p, r.square().sum(-1)
+
+    r, p, value = residual(c)
+    damping = torch.full_like(value, 1e-2)
+    for _ in range(steps):
+        jacobian = outside(p[..., None] * (slopes - p[..., None, :] @ slopes))
+        normal = jacobian.mT @ jacobian
+        diagonal = normal.diagonal(dim1=-2, dim2=-1)
+        damped = normal + torch.diag_embed(damping[..., None] * diagonal + 1e-14)
+        step = torch.linalg.solve_ex(damped, -(jacobian.mT @ r[..., None]))[0][..., 0]
+        moved = c + (tangent[:, None, None] @ step[..., None])[..., 0]
+        new_r, new_p, new_value = residual(moved)
+        better = new_value < value
+        c, r, p = (torch.where(better[..., None], new, old) for new, old in ((moved, c), (new_r, r), (new_p, p)))
+        value = torch.where(better, new_value, value)
+        damping = torch.where(better, damping / 3, damping * 4).clamp(1e-12, 1e10)
+    features = (c @ rows.mT[:, None])[..., :-1]
+    size = (p - one_hot).square().sum(-1)
+    return Roots(features, value / size.clamp(min=1e-30), values[:, -1] / values[:, 0])
+
+
+def _starts(gradients: Tensor, rows: Tensor, starts: int, seed: int) -> Tensor:
+    """Points ``[N, S, B]`` of the row space with a last feature of 1.
+
+    A row of a class that is not in the batch, divided by its bias gradient, is a weighted mean of the batch's features;
+    differences of such means, stretched, reach beyond them.
+    """
+    coordinates = gradients @ rows  # [N, C, B]
+    positive = gradients[..., -1] > 0
+    mass = torch.where(positive, gradients[..., -1], 0.0)
+    centre = (coordinates * positive[..., None]).sum(1) / mass.sum(1, keepdim=True)
+    means = coordinates / torch.where(positive, gradients[..., -1], torch.inf)[..., None]
+    spread = torch.where(positive[..., None], means - centre[:, None], 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(starts, gradients.shape[1], generator=generator, dtype=torch.float64).to(gradients)
+    mix = mix / positive.sum(1).clamp(min=1).sqrt()[:, None, None]
+    mix[:, 0] = 0
+    c = centre[:, None] + mix @ spread
+    last = c @ rows[:, -1, :, None]
+    return c / last
+
+
+def batch_features(
+    weight: Tensor, bias: Tensor, weight_gradient: Tensor, bias_gradient: Tensor, labels: Tensor, *, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The features of every sample of batches with known labels.
+
+    Samples that share a label are found one after the other: what the found samples contribute to the gradient is taken
+    off, and the rest is the gradient of a smaller batch.
+
+    Args:
+        weight, bias, weight_gradient, bias_gradient: as for `row_space_features`.
+        labels: ``[N, B]`` int64.
+        seed: decides the starts.
+
+    Returns:
+        features ``[N, B, d]`` float64, in the order of `labels`, and their relative squared error against the
+        gradient, ``[N]``: ‖Σ_i r_i h̃_iᵀ / B − G‖² / ‖G‖².
+    """
+    weight, bias, weight_gradient, bias_gradient = (v.double() for v in (weight, bias, weight_gradient, bias_gradient))
+    problem = (weight, bias, weight_gradient, bias_gradient)
+    features = _best(row_space_features(*problem, labels, labels.shape[1], seed=seed))
+    for index in range(len(labels)):
+        if len(labels[index].unique()) < labels.shape[1]:
+            features[index] = _one_by_one([v[index : index + 1] for v in problem], labels[index], features[index], seed)
+    logits = features @ weight.mT + bias[:, None]
+    r = (logits.softmax(-1) - F.one_hot(labels, weight.shape[1])) / labels.shape[1]
+    wanted = torch.cat([weight_gradient, bias_gradient[..., None]], -1)
+    gap = r.mT @ F.pad(features, (0, 1), value=1.0) - wanted
+    return features, gap.square().sum((1, 2)) / wanted.square().sum((1, 2))
+
+
+def _best(roots: Roots) -> Tensor:
+    """The features ``[N, L, d]`` of the start with the lowest residual."""
+    best = roots.residual.argmin(-1)[..., None, None].expand(-1, -1, 1, roots.features.shape[-1])
+    return roots.features.gather(2, best)[:, :, 0]
+
+
+def _one_by_one(problem: list[Tensor], labels: Tensor, features: Tensor, seed: int) -> Tensor:
+    """The features ``[B, d]`` of one batch whose labels ``[B]`` repeat, from those of the first of each label."""
+    weight, bias, weight_gradient, bias_gradient = problem
+    size = len(labels)
+    found: list[int] = []
+    while len(found) < size:
+        rest = [i for i in range(size) if i not in found]
+        chosen = [i for n, i in enumerate(rest) if labels[i] not in labels[rest[:n]]]  # the first of each label left
+        if found:
+            known = features[found]
+            r = (known @ weight[0].T + bias[0]).softmax(-1) - F.one_hot(labels[found], weight.shape[1])
+            less = weight_gradient - (r.T @ known)[None] / size, bias_gradient - r.sum(0)[None] / size
+            wanted = labels[chosen][None]
+            rough = _best(row_space_features(weight, bias, *less, wanted, len(rest), seed=seed))[:, :, None]
+            roots = row_space_features(
+                weight, bias, weight_gradient, bias_gradient, wanted, size, initial=rough, steps=20
+            )
+            features[chosen] = _best(roots)[0]
+        found += chosen
+    return features
