@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import cdist
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -82,12 +83,10 @@ def assign(truth: Tensor, rebuilt: Tensor) -> Tensor:
     matched = torch.full((len(truth),), -1, dtype=torch.int64)
     if len(truth) == 0 or len(rebuilt) == 0:
         return matched
-    distances = torch.cdist(
-        truth.double().flatten(1), rebuilt.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist"
-    )
+    flat = (images.detach().cpu().double().flatten(1).numpy() for images in (truth, rebuilt))
     # The solver refuses infinite costs; an image that is not finite is the worst match there is, yet still one.
-    costs = torch.nan_to_num(distances.square() / truth[0].numel(), nan=1e30, posinf=1e30).clamp(max=1e30)
-    rows, columns = linear_sum_assignment(costs.cpu().numpy())
+    costs = np.nan_to_num(cdist(*flat, "sqeuclidean"), nan=1e30, posinf=1e30).clip(max=1e30)
+    rows, columns = linear_sum_assignment(costs)
     matched[torch.as_tensor(rows)] = torch.as_tensor(columns)
     return matched
 

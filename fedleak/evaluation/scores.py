@@ -117,7 +117,7 @@ def match(reconstruction: Reconstruction, truth: Truth | None, *, similarity: bo
         ]
     partner = assign(truth.images, rebuilt).tolist()
     paired = [(i, j) for i, j in enumerate(partner) if j >= 0]
-    a, b = truth.images[[i for i, _ in paired]], rebuilt[[j for _, j in paired]]
+    a, b = torch.stack([truth.images[i] for i, _ in paired]), torch.stack([rebuilt[j] for _, j in paired])
     similarities = ssim(a, b) if similarity else torch.full((len(a),), torch.nan)
     scores = dict(zip((i for i, _ in paired), zip(mse(a, b), psnr(a, b), similarities, strict=True), strict=True))
     matches = []

@@ -197,8 +197,13 @@ def test_recovered_images_and_the_others_stand_on_their_sides_of_the_threshold(m
 
 
 def test_many_rounds_and_clients_stay_legible(make_run):
-    made = charts(read_run(make_run(rounds=60, clients=45, batch=1)))
+    run = read_run(make_run(batch=1))
+    where = [(number, client) for number in range(1, 61) for client in range(45)]
+    run.leakage = run.leakage.iloc[[0] * len(where)].assign(round=[n for n, _ in where], client=[c for _, c in where])
+    run.attacks = run.attacks.iloc[[0] * len(where)].assign(round=[n for n, _ in where], client=[c for _, c in where])
+    made = charts(run)
     assert len({v["client"] for v in made["clients-0"].spec["data"]["values"]}) == 40
+    assert len({v["round"] for v in made["clients-0"].spec["data"]["values"]}) == 40
     assert "40 of 45 clients" in made["clients-0"].sentence
     assert "40 of 60 attacked rounds" in made["clients-0"].sentence
     assert len(made["effort-objective"].spec["data"]["values"]) == 1500
