@@ -1,4 +1,4 @@
-"""The command line: ``fedleak run``, ``fedleak attack``, ``fedleak list``."""
+"""The command line: ``fedleak run``, ``fedleak attack``, ``fedleak report``, ``fedleak list``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside,
 
   fedleak run [overrides]                   run a federation, attack every captured update, judge the result
   fedleak attack run_dir=DIR [overrides]    attack an earlier run's captures again
+  fedleak report DIR [DIR …] [--output F]   one HTML page on a run, or on several side by side
   fedleak list                              the choices of every group
   fedleak --help | --version
 
@@ -102,7 +103,7 @@ def _run_job(config: DictConfig) -> None:
     console = Console()
     command = ["fedleak", "run", *hydra.overrides.task]
     outcome = pipeline.run(plain(config), Path(hydra.runtime.output_dir), console, command)
-    _report(console, outcome)
+    _show(console, outcome)
 
 
 def attack(arguments: list[str]) -> int:
@@ -144,7 +145,7 @@ def attack(arguments: list[str]) -> int:
         folder = run_dir / "attacks" / config["attack"]["name"]
     console = Console()
     outcome = pipeline.attack_again(config, run_dir, folder, console, ["fedleak", "attack", *overrides])
-    _report(console, outcome)
+    _show(console, outcome)
     return 0
 
 
@@ -162,6 +163,31 @@ def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
     return [*kept, *now]
 
 
+def report(arguments: list[str]) -> int:
+    """``fedleak report``: one HTML page on one run, or on several side by side."""
+    folders: list[Path] = []
+    output = None
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        name, _, value = word.partition("=")
+        if name in ("--output", "-o"):
+            value = value or (rest.pop(0) if rest else "")
+            if not value:
+                raise UsageError("--output: names no file; give one, such as report.html")
+            output = Path(value)
+        elif word.startswith("-"):
+            raise UsageError(f"{word}: unknown option; fedleak report takes run directories and --output FILE")
+        else:
+            folders.append(Path(word))
+    from fedleak.report.html import write_report
+
+    if output is None:
+        output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    print(f"report: {write_report(folders, output)}")
+    return 0
+
+
 def list_choices(arguments: list[str]) -> int:
     """``fedleak list``: every group's choices with a line on each."""
     if arguments:
@@ -176,7 +202,7 @@ def list_choices(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": run, "attack": attack, "list": list_choices}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": run, "attack": attack, "report": report, "list": list_choices}
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -236,12 +262,17 @@ def _refuse_overwriting(folder: Path) -> None:
             raise UsageError(f"output_dir={folder}: holds the results of an earlier run; name another, or remove it")
 
 
-def _report(console: Console, outcome: Outcome) -> None:
+def _show(console: Console, outcome: Outcome) -> None:
+    """The table, where the results are, and the page to open."""
+    from fedleak.report.html import write_report
+
+    page = write_report([outcome.folder], outcome.folder / "report.html")
     console.table(outcome.table)
-    picture = outcome.folder / "reconstructions.png"
     console.say(f"results in {outcome.folder}")
+    picture = outcome.folder / "reconstructions.png"
     if picture.exists():
         console.say(f"private images beside rebuilt ones: {picture}")
+    console.say(f"the whole story on one page: {page}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -52,6 +52,10 @@ def test_help_version_and_list(capsys):
         (["attack", "run_dir=/no/such/folder"], "run_dir=/no/such/folder: no such folder"),
         (["attack", "run_dir=.", "data=mnist"], "data: fixed by the run"),
         (["list", "x"], "takes no arguments"),
+        (["report"], "names no run directory"),
+        (["report", "/no/such/folder"], "/no/such/folder"),
+        (["report", ".", "--output"], "--output: names no file"),
+        (["report", ".", "--frob"], "--frob: unknown option"),
     ],
 )
 def test_bad_input_is_one_clear_line(capsys, arguments, message):
@@ -83,6 +87,13 @@ def test_nothing_that_was_written_before_is_lost(capsys, small_run):
 def test_a_refused_run_leaves_no_folder(capsys, tmp_path):
     usage_error(capsys, ["run", "federation.clients=100000", f"output_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_one_page_on_one_run_or_on_several(capsys, small_run, tmp_path):
+    assert (small_run / "report.html").stat().st_size > 100_000
+    assert main(["report", str(small_run), str(small_run), "--output", str(tmp_path / "both.html")]) == 0
+    assert (tmp_path / "both.html").exists()
+    assert "both.html" in capsys.readouterr().out
 
 
 def test_a_sweep_runs_every_combination(tmp_path):

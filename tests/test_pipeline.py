@@ -30,6 +30,7 @@ def test_a_run_directory_holds_what_the_contract_says(small_run):
         "leakage.csv",
         "summary.json",
         "reconstructions.png",
+        "report.html",
     }
     columns = {
         "rounds": "round,clients,train_loss,test_accuracy,seconds",
