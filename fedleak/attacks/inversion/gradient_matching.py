@@ -559,6 +559,8 @@ class _Solver:
         own["marked"] = marked = torch.where(fell, evaluations, own["marked"])
         spread = (images - 0.5).flatten(1).square().mean(1).sqrt()
         sane = value.isfinite() & gradient.isfinite().all(1) & (spread <= config.limit)
+        if config.optimizer.guarded:
+            sane = sane | ~better & (evaluations > 1)  # the step will be taken back
         code = torch.zeros_like(evaluations)
         code = torch.where(evaluations >= config.max_evaluations, 4, code)
         code = torch.where(evaluations - marked >= config.patience, 3, code)

@@ -33,11 +33,19 @@ class Objective(ABC):
 
 
 class L2(Objective):
-    """Sum of squared differences (Zhu 2019, DLG; Zhao 2020, iDLG)."""
+    """Sum of squared differences (Zhu 2019, DLG; Zhao 2020, iDLG).
+
+    Args:
+        relative: divide by ‖T‖², so that a tolerance means the same whatever the size of the gradients.
+    """
+
+    def __init__(self, *, relative: bool = False) -> None:
+        self.relative = relative
 
     def __call__(self, dd: Tensor, dt: Tensor, tt: Tensor) -> Tensor:
-        """Σ‖G − T‖², ``[P]``."""
-        return dd.sum(1)
+        """Σ‖G − T‖² (over ‖T‖² where relative), ``[P]``."""
+        square = dd.sum(1)
+        return square / tt.sum(1).clamp_min(torch.finfo(tt.dtype).tiny) if self.relative else square
 
 
 class RelativeL2(Objective):

@@ -19,6 +19,9 @@ State = dict[str, Tensor]
 class Optimizer(ABC):
     """Minimises P functions of D unknowns at once, one evaluation of value and gradient per step."""
 
+    guarded = False
+    """Whether a step to a worse point is taken back, so that a wild one is no sign of divergence."""
+
     @abstractmethod
     def init(self, x: Tensor) -> State:
         """The state of problems that start at `x` ``[P, D]``; every tensor has leading dimension P."""
@@ -60,6 +63,7 @@ class LBFGS(Optimizer):
         self.lr = lr
         self.history_size = history_size
         self.line_search = line_search
+        self.guarded = line_search is not None
         self.max_step = max_step
 
     def init(self, x: Tensor) -> State:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -45,6 +45,8 @@ def observe(
 class Victims:
     """N observations, their label guesses, what the attacker knows, and the truth."""
 
+    observe = staticmethod(observe)
+
     def __init__(
         self,
         count: int,
@@ -55,9 +57,11 @@ class Victims:
         classes: int = CLASSES,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        images: Tensor | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.images = torch.rand(count, batch, *shape, generator=generator)
+        noise = torch.rand(count, batch, *shape, generator=generator)
+        self.images = noise if images is None else images
         self.labels = torch.randint(classes, (count, batch), generator=generator).sort(1).values
         models = [tiny_lenet(seed if shared else seed + i, shape, classes) for i in range(count)]
         self.observations = [
@@ -66,6 +70,15 @@ class Victims:
         ]
         self.guesses: Sequence[LabelGuess | None] = [LabelGuess(y[None], torch.ones(1)) for y in self.labels]
         self.knowledge = Knowledge(models[0], shape, classes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Problems this small are slower on more threads, much slower where other work keeps the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from fedleak.attacks.inversion.fast import ChainDistance, Convolution, FullyConn
 from fedleak.attacks.inversion.gradients import Distance, Victim, VmapDistance
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Softplus]
-OBJECTIVES = [L2(), Cosine(), RelativeL2()]
+OBJECTIVES = [L2(), L2(relative=True), Cosine(), RelativeL2()]
 
 
 def build(layers: list[nn.Module], shape: tuple[int, int, int], classes: int) -> nn.Sequential:
