@@ -3,6 +3,7 @@
 from fedleak.attacks.labels.absolute import Absolute
 from fedleak.attacks.labels.bias import Bias
 from fedleak.attacks.labels.dummy_batches import DummyBatches
+from fedleak.attacks.labels.fedleak import Fedleak
 from fedleak.attacks.labels.gradinversion import GradInversion
 from fedleak.attacks.labels.identity_aux import IdentityAux
 from fedleak.attacks.labels.idlg import IDLG
@@ -25,6 +26,7 @@ __all__ = [
     "Absolute",
     "Bias",
     "DummyBatches",
+    "Fedleak",
     "GradInversion",
     "IdentityAux",
     "Joint",

@@ -42,7 +42,9 @@ def solve_counts(confidences: Tensor, bias: Tensor, totals: Tensor) -> Tensor:
     system = confidences.transpose(1, 2) - torch.eye(classes, dtype=torch.float64)
     system = torch.cat([system, torch.ones(batch, 1, classes, dtype=torch.float64)], dim=1)
     target = torch.cat([bias.double() * totals[:, None], totals[:, None].double()], dim=1)
-    return (torch.linalg.pinv(system) @ target[..., None])[..., 0]
+    gram = system.transpose(1, 2) @ system
+    ridge = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(classes, dtype=torch.float64)
+    return torch.linalg.solve(gram + ridge, system.transpose(1, 2) @ target[..., None])[..., 0]
 
 
 class ILRG(CountInference):

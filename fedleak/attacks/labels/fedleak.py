@@ -1,0 +1,204 @@
+"""fedleak's own label inference: row-space matching for small batches, simulation for large ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from
+from fedleak.attacks.labels.idlg import sign_rule
+from fedleak.attacks.labels.ilrg import ILRG
+from fedleak.attacks.labels.last_layer import find_last_layer
+from fedleak.attacks.labels.posterior import Posterior, domain_images, label_posterior
+from fedleak.attacks.labels.probe import auxiliary_images, probe
+from fedleak.attacks.labels.version1 import version1
+from fedleak.attacks.row_space import Found, imagined_atoms, project_features, row_space, search
+from fedleak.capture import Observation
+
+
+class Fedleak(LabelInference):
+    """The default for batches: exact where the gradient's row space holds every sample, else learnt by simulation.
+
+    Needs `batch_size`; uses auxiliary data where they are granted.
+
+    - One sample: iDLG's sign rule.
+    - Batches below the number of classes, one local step: `fedleak.attacks.row_space.search`, which finds labels and
+      features together and so also works on trained models. It is left out where simulation is already sure of the
+      counts, and not believed where its residual stays high (noise, pruning).
+    - Larger batches, several local steps: counts by `label_posterior`.
+    - Unknown scale (new weights without a learning rate): version 1, which needs none.
+
+    Args:
+        starts: starting batches of the search.
+        rounds: rounds of label changes of the search.
+        atoms: imagined atoms of the search.
+        believed: residual up to which the search is believed.
+        device: where the search computes, in float64.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+
+    def __init__(
+        self,
+        *,
+        starts: int = 256,
+        rounds: int = 6,
+        atoms: int = 2000,
+        believed: float = 0.05,
+        device: str = "cpu",
+    ) -> None:
+        self.starts = starts
+        self.rounds = rounds
+        self.atoms = atoms
+        self.believed = believed
+        self.device = device
+
+    def infer(
+        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+    ) -> list[LabelGuess | None]:
+        """Infer the labels behind each observation; None for an observation that carries an error.
+
+        Raises:
+            UsageError: if a batch size is withheld, the model has no final linear layer, or an update is zero or
+                NaN there.
+        """
+        guesses: list[LabelGuess | None] = [None] * len(observations)
+        usable = [index for index, observation in enumerate(observations) if observation.error is None]
+        if not usable:
+            return guesses
+        layer = find_last_layer(knowledge)
+        size = max(1, 2**26 // (layer.classes * layer.features))
+        for start in range(0, len(usable), size):
+            chunk = usable[start : start + size]
+            evidence = collect([observations[index] for index in chunk], layer)
+            for index, guess in zip(chunk, self._guess(evidence, knowledge, candidates, seed), strict=True):
+                guesses[index] = guess
+        return guesses
+
+    def _guess(self, evidence: Evidence, knowledge: Knowledge, candidates: int, seed: int) -> list[LabelGuess]:
+        """The guess of each of N updates, by whichever way fits it."""
+        single = evidence.totals == 1
+        blind = torch.tensor([observation.scale is None for observation in evidence.observations]) & ~single
+        guesses: dict[int, LabelGuess] = {}
+        for where, how in ((single, _one_label), (blind, _without_scale)):
+            places = where.nonzero()[:, 0].tolist()
+            if places:
+                guesses |= dict(zip(places, guesses_from(how(_part(evidence, places)), candidates), strict=True))
+        rest = (~single & ~blind).nonzero()[:, 0].tolist()
+        if rest:
+            some = _part(evidence, rest)
+            posterior = _posterior(some, knowledge, seed)
+            found = self._search(some, posterior, knowledge, seed)
+            for k, (place, guess) in enumerate(zip(rest, guesses_from(posterior.counts, candidates), strict=True)):
+                guesses[place] = _merge(found[k], guess, candidates, evidence.layer.classes) if k in found else guess
+        return [guesses[place] for place in range(len(evidence.totals))]
+
+    def _search(self, evidence: Evidence, posterior: Posterior, knowledge: Knowledge, seed: int) -> dict[int, Found]:
+        """What row-space matching found, for the updates it applies to and is believed for."""
+        layer = evidence.layer
+        most = layer.classes - (1 if layer.bias else 2)
+        gap = (posterior.counts.expected - posterior.counts.counts).abs().amax(dim=1)
+        unsure = (0.5 - gap) < 6 * posterior.spread
+        small = (evidence.totals <= min(most, layer.features)) & unsure
+        once = torch.tensor([(observation.local_steps or 1) == 1 for observation in evidence.observations])
+        believed: dict[int, Found] = {}
+        for size in evidence.totals[small & once].unique().tolist():
+            places = (small & once & (evidence.totals == size)).nonzero()[:, 0].tolist()
+            for start in range(0, len(places), 4):  # four at a time: memory
+                group = places[start : start + 4]
+                for place, found in zip(group, self._match(_part(evidence, group), knowledge, seed), strict=True):
+                    if float(found.residual[0]) < self.believed:
+                        believed[place] = found
+        return believed
+
+    def _match(self, evidence: Evidence, knowledge: Knowledge, seed: int) -> list[Found]:
+        """Row-space matching of updates with the same batch size."""
+        layer, held = evidence.layer, [observation.parameters for observation in evidence.observations]
+        head = torch.stack([parameters[layer.weight] for parameters in held]).double().to(self.device)
+        shift = (
+            torch.stack([parameters[layer.bias] for parameters in held]).double().to(self.device)
+            if layer.bias
+            else None
+        )
+        bias = evidence.bias.to(self.device) if evidence.bias is not None else None
+        space = row_space(evidence.weight.to(self.device), bias, head, shift, int(evidence.totals[0]))
+
+        images = domain_images(knowledge, 8, 4, seed)
+        labels = None
+        if knowledge.auxiliary is not None:
+            images, labels = auxiliary_images(knowledge, max(2, 1000 // layer.classes), seed, "fedleak")
+        found = probe(evidence.observations, layer, knowledge, images)
+        features = found.features[found.which].double().to(self.device)
+        logits = features @ head.transpose(1, 2)
+        if shift is not None:
+            logits = logits + shift[:, None]
+            features = torch.cat([features, torch.ones_like(features[..., :1])], dim=2)
+        real = project_features(space, features, logits)
+        atoms, atom_labels = imagined_atoms(space, real.mean(dim=1), self.atoms, seed)
+        if labels is not None:
+            atom_labels, order = torch.cat([atom_labels, labels.to(self.device)]).sort(stable=True)
+            atoms = torch.cat([atoms, real], dim=1)[:, order]
+        return search(
+            space,
+            atoms,
+            atom_labels,
+            seed=seed,
+            starts=self.starts,
+            rounds=self.rounds,
+            noise=torch.tensor([_rounding(observation, layer.weight) for observation in evidence.observations]),
+        )
+
+
+def _part(evidence: Evidence, places: list[int]) -> Evidence:
+    """Some of the updates."""
+    return Evidence(
+        [evidence.observations[place] for place in places],
+        evidence.layer,
+        evidence.weight[places],
+        None if evidence.bias is None else evidence.bias[places],
+        evidence.totals[places],
+    )
+
+
+def _one_label(evidence: Evidence) -> Counts:
+    labels = sign_rule(evidence.weight)
+    counts = torch.nn.functional.one_hot(labels, evidence.layer.classes)
+    return Counts(counts, -evidence.sums / evidence.sums.abs().amax(dim=1, keepdim=True))
+
+
+def _without_scale(evidence: Evidence) -> Counts:
+    return version1(evidence.sums, evidence.totals)
+
+
+def _posterior(evidence: Evidence, knowledge: Knowledge, seed: int) -> Posterior:
+    """Counts by simulation; by iLRG where there are too many classes to simulate."""
+    if evidence.layer.classes <= 200:
+        return label_posterior(evidence, knowledge, seed=seed)
+    counts = ILRG().count(evidence, knowledge, seed=seed)
+    return Posterior(counts, torch.full((len(counts.counts),), torch.inf, dtype=torch.float64))
+
+
+def _rounding(observation: Observation, name: str) -> float:
+    """Standard deviation of a gradient's entry that was recovered from the difference of two rounded weights."""
+    if observation.payload == "gradient" or not observation.scale:
+        return 0.0
+    weights = observation.parameters[name]
+    step = torch.finfo(weights.dtype).eps / 4
+    return float(step * weights.double().square().mean().sqrt() / observation.scale)
+
+
+def _merge(found: Found, guess: LabelGuess, candidates: int, classes: int) -> LabelGuess:
+    """The search's multisets by residual, then those of `guess` that are not among them."""
+    batch = found.labels.shape[1]
+    labels = found.labels[:candidates].cpu()
+    freedom = max(1, classes * batch - batch**2)
+    residual = found.residual[: len(labels)].clamp(min=1e-300)
+    weights = (residual[0] / residual) ** (freedom / 2)
+    others = [row for row in guess.labels if not (labels == row).all(dim=1).any()][: candidates - len(labels)]
+    if others:
+        labels = torch.cat([labels, torch.stack(others)])
+        weights = torch.cat([weights, weights[-1:].expand(len(others)) / 2])
+    return LabelGuess(labels, (weights / weights.sum()).float())

@@ -1,0 +1,281 @@
+"""Label counts by simulation: what gradients of batches with known labels look like in the attacked model.
+
+Every closed form (the identity, LLG, iLRG) reads the counts with some estimate of what it does not see. Here the
+attacker simulates batches in each observed model, takes the closed forms' readings of them, and learns by ridge
+regression how to weigh these readings and what error remains. Only the last layer is simulated: one forward pass of a
+few hundred images for each model, and no backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedleak.attacks.base import Knowledge
+from fedleak.attacks.labels.counting import Counts, Evidence, bias_gradient, round_counts
+from fedleak.attacks.labels.ilrg import solve_counts
+from fedleak.attacks.labels.probe import auxiliary_images, probe
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Counts of N updates and how sure they are.
+
+    Attributes:
+        counts: integer counts, and the real-valued ones they were rounded from.
+        spread: ``[N]`` float64, root mean square error of the real-valued counts in simulated batches.
+    """
+
+    counts: Counts
+    spread: Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples to simulate batches from, in one model.
+
+    Attributes:
+        features: ``[M, d]``.
+        probabilities: ``[M, C]``.
+        labels: ``[M]``; None where the samples are noise and any label is as good.
+        domains: number of equal consecutive parts; a batch is drawn from one of them.
+    """
+
+    features: Tensor
+    probabilities: Tensor
+    labels: Tensor | None
+    domains: int = 1
+
+    def halves(self) -> tuple[Samples, Samples]:
+        """The samples in two disjoint parts with the same classes and as many domains each."""
+        if self.labels is None:
+            domain = torch.arange(self.domains).repeat_interleave(len(self.features) // self.domains)
+            first = domain % 2 == 0
+        else:
+            place = torch.empty_like(self.labels)
+            place[self.labels.argsort(stable=True)] = torch.arange(len(place))
+            first = place % 2 == 0
+        parts = [
+            Samples(
+                self.features[part],
+                self.probabilities[part],
+                None if self.labels is None else self.labels[part],
+                max(1, self.domains // 2),
+            )
+            for part in (first, ~first)
+        ]
+        return parts[0], parts[1]
+
+
+def label_posterior(
+    evidence: Evidence,
+    knowledge: Knowledge,
+    *,
+    seed: int,
+    batches: int = 768,
+    per_class: int = 40,
+    domains: int = 32,
+    domain_size: int = 12,
+) -> Posterior:
+    """Counts of N updates by regression on simulated batches of their models.
+
+    With auxiliary data batches are drawn from them. Without, half of the batches are dummy images with random labels,
+    which describe an untrained model, and half imagined features (`imagined_features`), which describe a trained one;
+    those with a gradient of the observed size weigh most. A second regression on batches with counts near the first's
+    answer refines it.
+
+    Args:
+        evidence: N updates.
+        knowledge: what the attacker holds.
+        seed: decides every draw, the same for each update.
+        batches: simulated batches of each regression.
+        per_class: auxiliary images of each class at most.
+        domains: kinds of dummy images.
+        domain_size: dummy images of each kind.
+    """
+    layer = evidence.layer
+    labels = None
+    if knowledge.auxiliary is not None:
+        images, labels = auxiliary_images(knowledge, max(2, min(per_class, 800 // layer.classes)), seed, "fedleak")
+    else:
+        images = domain_images(knowledge, domains, domain_size, seed)
+    found = probe(evidence.observations, layer, knowledge, images)
+    bias = bias_gradient(evidence, knowledge, seed)
+    expected = torch.zeros_like(bias)
+    spread = torch.zeros(len(bias), dtype=torch.float64)
+    for n, observation in enumerate(evidence.observations):
+        unit, total = int(found.which[n]), int(evidence.totals[n])
+        head = observation.parameters[layer.weight].double()
+        shift = observation.parameters[layer.bias].double() if layer.bias else torch.zeros_like(head[:, 0])
+        features, probabilities = found.features[unit].double(), found.probabilities[unit].double()
+        families = [Samples(features, probabilities, labels, 1 if labels is not None else domains)]
+        if labels is None:
+            families.append(imagined_features(features, head, shift, min(20 * layer.classes, 400), seed))
+        seen = _readings(
+            bias[n : n + 1], evidence.sums[n : n + 1], evidence.weight[n : n + 1].double() @ head.T, shift, total
+        )
+        halves = [half for family in families for half in family.halves()]
+        each = batches // len(halves)
+        drawn = [_skewed(layer.classes, each, total, seed + part) for part in range(len(halves))]
+        mean, error = _regress(*_simulate(halves, drawn, head, shift, seed), seen)
+        base = round_counts(total * mean[None], evidence.totals[n : n + 1])[0]
+        drawn = [_near(base, total * error, each, seed + part) for part in range(len(halves))]
+        mean, error = _regress(*_simulate(halves, drawn, head, shift, seed + len(halves)), seen)
+        expected[n], spread[n] = total * mean, total * error
+    return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
+
+
+def domain_images(knowledge: Knowledge, domains: int, size: int, seed: int) -> Tensor:
+    """``[domains · size, C, H, W]`` in [0, 1]: noise of many kinds, dark to bright, flat to harsh, fine to coarse.
+
+    What a client's images are like is not known, and a batch's mean probability moves with it: a regression over many
+    kinds of images learns to read the kind off the gradient too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    channels, height, width = knowledge.image_shape
+    images = []
+    for domain in range(domains):
+        level, force = torch.rand(2, generator=generator).tolist()
+        grain = 1 + domain % 6
+        noise = torch.randn(size, channels, -(-height // grain), -(-width // grain), generator=generator)
+        noise = torch.nn.functional.interpolate(noise, size=(height, width), mode="bilinear")
+        images.append((2 * level - 0.75 + 1.5 * force * noise).clamp(0, 1))
+    return torch.cat(images)
+
+
+def _simulate(
+    families: list[Samples], drawn: list[Tensor], head: Tensor, shift: Tensor, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Readings ``[J, F]``, class shares ``[J, C]`` and half ``[J]`` of batches with labels `drawn`, ``[J', B]`` each.
+
+    Families come as first and second halves in turn.
+    """
+    readings, shares, half = [], [], []
+    for part, (family, labels) in enumerate(zip(families, drawn, strict=True)):
+        total = labels.shape[1]
+        error = _errors(family, labels, seed + part)  # [J, C, M]: Σ over the samples of a batch that are input m
+        sums = torch.stack([torch.ones(len(family.features), dtype=torch.float64), family.features.sum(dim=1)], dim=1)
+        moments = error @ torch.cat([sums, family.features @ head.T], dim=1) / total
+        readings.append(_readings(moments[..., 0], moments[..., 1], moments[..., 2:], shift, total))
+        shares.append(torch.nn.functional.one_hot(labels, len(shift)).double().mean(dim=1))
+        half.append(torch.full((len(labels),), part % 2))
+    return torch.cat(readings), torch.cat(shares), torch.cat(half)
+
+
+def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int, seed: int) -> Samples:
+    """Features with such logits as a trained model gives, nearest to the mean of `features`: log-odds of the label
+    uniformly from -2 to 11, other logits normal. Shapes as in `Samples`; head ``[C, d]``, shift ``[C]``."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = len(shift)
+    labels = torch.randint(classes, (count,), generator=generator)
+    width = 1 + 2 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+    logits = torch.randn(count, classes, generator=generator, dtype=torch.float64) * width
+    others = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(dim=1)
+    odds = 13 * torch.rand(count, generator=generator, dtype=torch.float64) - 2
+    logits = logits.scatter(1, labels[:, None], (others + odds)[:, None])
+    centre = features.mean(dim=0)
+    away = logits - (head @ centre + shift)
+    away = away - away.mean(dim=1, keepdim=True)
+    moved = centre + away @ torch.linalg.pinv(head - head.mean(dim=0)).T
+    return Samples(moved, (moved @ head.T + shift).softmax(dim=1), labels)
+
+
+def _skewed(classes: int, count: int, size: int, seed: int) -> Tensor:
+    """``[J, B]`` labels of batches of every skew: class shares Dirichlet(α), α from 0.1 to 100."""
+    generator = np.random.default_rng(seed)
+    skew = 10 ** generator.uniform(-1, 2, size=(count, 1))
+    weights = generator.standard_gamma(np.broadcast_to(skew, (count, classes))) + 1e-12
+    steps = (weights / weights.sum(axis=1, keepdims=True)).cumsum(axis=1)
+    uniform = torch.from_numpy(generator.random((count, size)))
+    return torch.searchsorted(torch.from_numpy(steps), uniform).clamp(max=classes - 1)
+
+
+def _near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
+    """``[J, B]`` labels of batches that have `counts` ``[C]`` but for some random changes, about `spread` a class."""
+    generator = torch.Generator().manual_seed(seed)
+    classes, total = len(counts), int(counts.sum())
+    labels = torch.arange(classes).repeat_interleave(counts).expand(batches, -1)
+    share = (4 * classes * float(spread) ** 2 + 2) / total
+    change = torch.rand(batches, total, generator=generator) < share * torch.rand(batches, 1, generator=generator)
+    return torch.where(change, torch.randint(classes, (batches, total), generator=generator), labels)
+
+
+def _errors(family: Samples, drawn: Tensor, seed: int) -> Tensor:
+    """``[J, C, M]``: how often input m is in batch j, times its p, minus how often with label c."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs, classes = family.probabilities.shape
+    if family.labels is None:
+        size = inputs // family.domains
+        domain = torch.randint(family.domains, (len(drawn), 1), generator=generator)
+        pick = domain * size + torch.randint(size, drawn.shape, generator=generator)
+    else:  # a random input of the drawn class, or any input where there is none of it
+        sizes = torch.bincount(family.labels, minlength=classes)
+        first = sizes.cumsum(dim=0) - sizes
+        order = family.labels.argsort()
+        place = (torch.rand(drawn.shape, generator=generator) * sizes[drawn]).long() + first[drawn]
+        pick = order[place.clamp(max=inputs - 1)]
+    counts = torch.zeros(len(drawn), classes * inputs, dtype=torch.float64)
+    counts.scatter_add_(1, drawn * inputs + pick, torch.ones(drawn.shape, dtype=torch.float64))
+    counts = counts.view(len(drawn), classes, inputs)
+    return counts.sum(dim=1, keepdim=True) * family.probabilities.T - counts
+
+
+def _readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: int) -> Tensor:
+    """``[J, F]``, what the closed forms take from J gradients.
+
+    Args:
+        bias: ``[J, C]``, ∂L/∂b.
+        sums: ``[J, C]``, g_c.
+        logits: ``[J, C, C]``, ∂L/∂W Wᵀ.
+        shift: ``[C]``, b.
+        total: labels in each batch.
+    """
+    safe = torch.where(bias.abs() < 1e-30, torch.full_like(bias, 1e-30), bias)
+    confidences = torch.nan_to_num(logits / safe[..., None] + shift, posinf=1e30, neginf=-1e30).softmax(dim=2)
+    solved = solve_counts(confidences, bias, torch.full((len(bias),), total)) / total
+    impact = sums.clamp(max=0).sum(dim=1, keepdim=True).clamp(max=-1e-30)
+    parts = [bias, sums, solved.clamp(-0.5, 1.5), (sums / impact).clamp(-3, 3), torch.nn.functional.normalize(bias)]
+    if len(shift) <= 20:
+        parts.append(logits.flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def _regress(readings: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Class shares behind the readings `seen` ``[1, F]``, and their root mean square error, by weighted ridge.
+
+    Simulated batches weigh by how near the size of their bias gradient is to that seen. The penalty is the one that
+    carries over best from batches of one half of the samples to batches of the other: within a half, a trained
+    model's few doubtful samples would be learnt by heart.
+    """
+    classes = shares.shape[1]
+    size = readings[:, :classes].norm(dim=1).clamp(min=1e-30).log()
+    gap = (size - seen[:, :classes].norm(dim=1).clamp(min=1e-30).log()).abs()
+    width = gap.sort().values[len(gap) // 4].clamp(min=0.1)
+    weight = (-0.5 * (gap / width).square()).exp()
+    weight = weight / weight.sum()
+    centre, level = weight @ readings, weight @ shares
+    spread = (weight @ (readings - centre).square()).sqrt().clamp(min=1e-30)
+    known, asked, target = (readings - centre) / spread, (seen - centre) / spread, shares - level
+    known, asked = known.clamp(-5, 5), asked.clamp(-5, 5)
+    errors = torch.zeros(len(_PENALTIES), dtype=torch.float64)
+    for fold in (0, 1):
+        train, test = half == fold, half != fold
+        for k, coefficients in enumerate(_ridge(known[train], target[train], weight[train])):
+            errors[k] += weight[test] @ (target[test] - known[test] @ coefficients).square().mean(dim=1)
+    best = int(errors.argmin())
+    answer = level + (asked @ _ridge(known, target, weight)[best])[0]
+    return answer.clamp(0, 1), errors[best].sqrt()
+
+
+_PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e4)
+
+
+def _ridge(known: Tensor, target: Tensor, weight: Tensor) -> list[Tensor]:
+    """Ridge coefficients ``[F, C]`` for each penalty."""
+    weight = weight / weight.sum()
+    values, vectors = torch.linalg.eigh(known.T @ (known * weight[:, None]))
+    pulled = vectors.T @ (known.T @ (target * weight[:, None]))
+    return [vectors @ (pulled / (values.clamp(min=0) + penalty)[:, None]) for penalty in _PENALTIES]
