@@ -97,7 +97,7 @@ def leak_charts(runs: Sequence[RunData]) -> list[Chart]:
             if len(table)
         ]
         charts.append(_lines("labels", "Labels inferred, by round", said, rows, "label accuracy", "%", runs))
-    known = {run.name: run.leakage.dropna(subset=["recovered"]) for run in runs}
+    known = {run.name: run.leakage.dropna(subset=["recovered"]) for run in runs if not run.labels_only}
     rows = [
         {"run": name, "round": int(number), "value": hits / count, "of": f"{int(hits)} of {count} images"}
         for name, table in known.items()
@@ -107,7 +107,7 @@ def leak_charts(runs: Sequence[RunData]) -> list[Chart]:
         said = [_when(name, table, several) for name, table in known.items() if len(table)]
         charts.append(_lines("recovered", "Images recovered, by round", said, rows, "recovered", "%", runs))
     for index, run in enumerate(runs[:MOST_MAPS]):
-        if len(known[run.name]):
+        if len(known.get(run.name, ())):
             charts.append(_who_and_when(f"clients-{index}", run.name, known[run.name], several))
     return charts + _distributions(runs)
 
@@ -451,7 +451,7 @@ def _comparison(runs: Sequence[RunData]) -> list[Chart]:
     points: list[dict[str, Any]] = []
     for run in runs:
         accuracy, known = run.rounds["test_accuracy"].dropna(), run.leakage["recovered"].dropna()
-        if len(accuracy) and len(known):
+        if len(accuracy) and len(known) and not run.labels_only:
             points.append(
                 {
                     "run": run.name,

@@ -189,7 +189,9 @@ def verdict(run: RunData, summary: Mapping[str, Any]) -> str:
     known = run.leakage.dropna(subset=["recovered"])
     hit = known[known["recovered"] == 1]
     said = []
-    if len(known) == 0:
+    if run.labels_only:
+        said.append(f"The attack went for the labels behind {len(run.attacks):,} updates, and tried no image.")
+    elif len(known) == 0:
         rebuilt = sum(m.rebuilt is not None for m in run.matches)
         said.append(
             f"The server rebuilt {rebuilt} images; without the private ones beside them nobody can say how close "
@@ -224,7 +226,7 @@ def _outcomes(run: RunData) -> dict[str, str]:
     errors = run.leakage["mse"].dropna()
     median = float(errors.median()) if len(errors) else None
     return {
-        "images recovered": f"{s['recovered']:,} of {s['images']:,}" if s["images"] else "–",
+        "images recovered": f"{s['recovered']:,} of {s['images']:,}" if s["images"] and not run.labels_only else "–",
         "labels inferred rightly": _share(s["label_accuracy"]),
         "batches with every label right": _share(s["whole_batch_rate"]),
         "median PSNR": "–" if median is None else "exact" if median == 0 else f"{-10 * math.log10(median):.1f} dB",

@@ -46,7 +46,7 @@ function drawCharts() {
 }
 
 // The gallery: a page of cards at a time, however many images there are.
-const PAGE = 48;
+const PAGE = matchMedia("(max-width: 620px)").matches ? 24 : 48;
 const gallery = byId("filters") ? json("gallery-data") : null;
 const form = byId("filters");
 let page = 0;

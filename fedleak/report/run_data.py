@@ -53,6 +53,11 @@ class RunData:
     data: Counter[tuple[int, int]] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def labels_only(self) -> bool:
+        """Whether the attack went for labels and tried no image."""
+        return len(self.attacks) > 0 and bool((self.attacks["stop_reason"] == "labels_only").all())
+
     def settings(self) -> dict[str, str]:
         """The configuration as dotted key -> value; of a class, its name alone."""
         return {

@@ -219,6 +219,16 @@ def test_verdict_of_a_run_that_leaked_nothing(make_run):
     )
 
 
+def test_an_attack_on_labels_alone_is_not_said_to_have_failed_at_images(make_run):
+    folder = make_run()
+    text = (folder / "attacks.csv").read_text().replace("converged", "labels_only")
+    (folder / "attacks.csv").write_text(text)
+    html = page(folder)
+    assert "went for the labels behind 6 updates, and tried no image. It inferred 75% of the labels." in html
+    assert "Images recovered, by round" not in html
+    assert "Labels inferred, by round" in html
+
+
 # --- the thumbnails ---------------------------------------------------------------------------------------------------
 
 
