@@ -10,11 +10,13 @@ from fedleak.attacks.labels.idlg import IDLG
 from fedleak.attacks.labels.ilrg import ILRG
 from fedleak.attacks.labels.joint import Joint
 from fedleak.attacks.labels.known import Known
+from fedleak.attacks.labels.learned import Learned
 from fedleak.attacks.labels.llg import LLG
 from fedleak.attacks.labels.llg_plus import LLGPlus
 from fedleak.attacks.labels.llg_star import LLGStar
 from fedleak.attacks.labels.per_sample import PerSample
 from fedleak.attacks.labels.random import Random
+from fedleak.attacks.labels.rlg import RLG
 from fedleak.attacks.labels.version1 import Version1
 from fedleak.attacks.labels.zlg import ZLG
 
@@ -22,6 +24,7 @@ __all__ = [
     "IDLG",
     "ILRG",
     "LLG",
+    "RLG",
     "ZLG",
     "Absolute",
     "Bias",
@@ -33,6 +36,7 @@ __all__ = [
     "Known",
     "LLGPlus",
     "LLGStar",
+    "Learned",
     "PerSample",
     "Random",
     "Version1",

@@ -19,7 +19,7 @@ class IdentityAux(CountInference):
 
     needs: ClassVar[frozenset[str]] = frozenset({"batch_size", "auxiliary_data"})
 
-    def __init__(self, per_class: int = 8) -> None:
+    def __init__(self, per_class: int = 5) -> None:
         self.per_class = per_class
 
     def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:

@@ -31,7 +31,7 @@ def single_class_batches(found: Probe, labels: Tensor | None) -> tuple[Tensor, T
         return (mass.mean(dim=1) - found.sums.mean(dim=1, keepdim=True)).mean(dim=1), mass.mean(dim=1)
     present = [label for label in range(classes) if bool((labels == label).any())]
     batches = torch.stack([mass[:, labels == label].mean(dim=1) for label in present], dim=1)  # [U, I, C]
-    own = torch.stack([(mass[..., i] - found.sums)[:, labels == i].mean(dim=1) for i in present], dim=1)
+    own = torch.stack([(mass[..., i][:, labels == i] - found.sums[:, labels == i]).mean(dim=1) for i in present], dim=1)
     others = torch.tensor([[float(i != j) for j in range(classes)] for i in present], dtype=torch.float64)
     return own.mean(dim=1), (batches * others).sum(dim=1) / others.sum(dim=0).clamp(min=1)
 

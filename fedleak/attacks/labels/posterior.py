@@ -114,16 +114,16 @@ def label_posterior(
         families = [Samples(features, probabilities, labels, 1 if labels is not None else domains)]
         if labels is None:
             families.append(imagined_features(features, head, shift, min(20 * layer.classes, 400), seed))
-        seen = _readings(
+        seen = readings(
             bias[n : n + 1], evidence.sums[n : n + 1], evidence.weight[n : n + 1].double() @ head.T, shift, total
         )
         halves = [half for family in families for half in family.halves()]
         each = batches // len(halves)
-        drawn = [_skewed(layer.classes, each, total, seed + part) for part in range(len(halves))]
-        mean, error = _regress(*_simulate(halves, drawn, head, shift, seed), seen)
+        drawn = [skewed_labels(layer.classes, each, total, seed + part) for part in range(len(halves))]
+        mean, error = _regress(*simulate(halves, drawn, head, shift, seed), seen)
         base = round_counts(total * mean[None], evidence.totals[n : n + 1])[0]
         drawn = [_near(base, total * error, each, seed + part) for part in range(len(halves))]
-        mean, error = _regress(*_simulate(halves, drawn, head, shift, seed + len(halves)), seen)
+        mean, error = _regress(*simulate(halves, drawn, head, shift, seed + len(halves)), seen)
         expected[n], spread[n] = total * mean, total * error
     return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
 
@@ -146,23 +146,23 @@ def domain_images(knowledge: Knowledge, domains: int, size: int, seed: int) -> T
     return torch.cat(images)
 
 
-def _simulate(
+def simulate(
     families: list[Samples], drawn: list[Tensor], head: Tensor, shift: Tensor, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Readings ``[J, F]``, class shares ``[J, C]`` and half ``[J]`` of batches with labels `drawn`, ``[J', B]`` each.
 
     Families come as first and second halves in turn.
     """
-    readings, shares, half = [], [], []
+    values, shares, half = [], [], []
     for part, (family, labels) in enumerate(zip(families, drawn, strict=True)):
         total = labels.shape[1]
         error = _errors(family, labels, seed + part)  # [J, C, M]: Σ over the samples of a batch that are input m
         sums = torch.stack([torch.ones(len(family.features), dtype=torch.float64), family.features.sum(dim=1)], dim=1)
         moments = error @ torch.cat([sums, family.features @ head.T], dim=1) / total
-        readings.append(_readings(moments[..., 0], moments[..., 1], moments[..., 2:], shift, total))
+        values.append(readings(moments[..., 0], moments[..., 1], moments[..., 2:], shift, total))
         shares.append(torch.nn.functional.one_hot(labels, len(shift)).double().mean(dim=1))
         half.append(torch.full((len(labels),), part % 2))
-    return torch.cat(readings), torch.cat(shares), torch.cat(half)
+    return torch.cat(values), torch.cat(shares), torch.cat(half)
 
 
 def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int, seed: int) -> Samples:
@@ -183,7 +183,7 @@ def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int,
     return Samples(moved, (moved @ head.T + shift).softmax(dim=1), labels)
 
 
-def _skewed(classes: int, count: int, size: int, seed: int) -> Tensor:
+def skewed_labels(classes: int, count: int, size: int, seed: int) -> Tensor:
     """``[J, B]`` labels of batches of every skew: class shares Dirichlet(α), α from 0.1 to 100."""
     generator = np.random.default_rng(seed)
     skew = 10 ** generator.uniform(-1, 2, size=(count, 1))
@@ -223,7 +223,7 @@ def _errors(family: Samples, drawn: Tensor, seed: int) -> Tensor:
     return counts.sum(dim=1, keepdim=True) * family.probabilities.T - counts
 
 
-def _readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: int) -> Tensor:
+def readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: int) -> Tensor:
     """``[J, F]``, what the closed forms take from J gradients.
 
     Args:
@@ -243,7 +243,7 @@ def _readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: 
     return torch.cat(parts, dim=1)
 
 
-def _regress(readings: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def _regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Class shares behind the readings `seen` ``[1, F]``, and their root mean square error, by weighted ridge.
 
     Simulated batches weigh by how near the size of their bias gradient is to that seen. The penalty is the one that
@@ -251,14 +251,14 @@ def _regress(readings: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tu
     model's few doubtful samples would be learnt by heart.
     """
     classes = shares.shape[1]
-    size = readings[:, :classes].norm(dim=1).clamp(min=1e-30).log()
+    size = values[:, :classes].norm(dim=1).clamp(min=1e-30).log()
     gap = (size - seen[:, :classes].norm(dim=1).clamp(min=1e-30).log()).abs()
     width = gap.sort().values[len(gap) // 4].clamp(min=0.1)
     weight = (-0.5 * (gap / width).square()).exp()
     weight = weight / weight.sum()
-    centre, level = weight @ readings, weight @ shares
-    spread = (weight @ (readings - centre).square()).sqrt().clamp(min=1e-30)
-    known, asked, target = (readings - centre) / spread, (seen - centre) / spread, shares - level
+    centre, level = weight @ values, weight @ shares
+    spread = (weight @ (values - centre).square()).sqrt().clamp(min=1e-30)
+    known, asked, target = (values - centre) / spread, (seen - centre) / spread, shares - level
     known, asked = known.clamp(-5, 5), asked.clamp(-5, 5)
     errors = torch.zeros(len(_PENALTIES), dtype=torch.float64)
     for fold in (0, 1):
@@ -276,6 +276,6 @@ _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e4)
 def _ridge(known: Tensor, target: Tensor, weight: Tensor) -> list[Tensor]:
     """Ridge coefficients ``[F, C]`` for each penalty."""
     weight = weight / weight.sum()
-    values, vectors = torch.linalg.eigh(known.T @ (known * weight[:, None]))
+    sizes, vectors = torch.linalg.eigh(known.T @ (known * weight[:, None]))
     pulled = vectors.T @ (known.T @ (target * weight[:, None]))
-    return [vectors @ (pulled / (values.clamp(min=0) + penalty)[:, None]) for penalty in _PENALTIES]
+    return [vectors @ (pulled / (sizes.clamp(min=0) + penalty)[:, None]) for penalty in _PENALTIES]
