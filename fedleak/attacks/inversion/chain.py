@@ -41,6 +41,15 @@ class Linear:
         """H·W of the input."""
         return self.shape[1] * self.shape[2]
 
+    def tall(self, batch_size: int) -> Linear:
+        """The same layer on a batch stacked into one tall image, ``[C, B·H·W]``: nothing crosses a seam."""
+        if batch_size == 1:
+            return self
+        own = torch.arange(batch_size)[:, None] * self.pixels + self.taps[:, None]
+        taps = torch.where(self.taps[:, None] == self.pixels, batch_size * self.pixels, own).flatten(1)
+        (c, h, w), (o, oh, ow) = self.shape, self.out_shape
+        return Linear(self.weight, self.bias, (c, batch_size * h, w), (o, batch_size * oh, ow), taps)
+
     def kernel(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The weights (or their gradient) of N problems as ``[N, O, C, K]``."""
         weight = parameters[self.weight]

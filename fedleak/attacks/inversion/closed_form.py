@@ -1,15 +1,16 @@
-"""Images from a gradient without iteration: the model undone layer by layer, last layer first.
+"""Images from a gradient in closed form: the model undone layer by layer, last layer first.
 
-At batch size 1 every layer of a feed-forward chain says two linear things about its own input a, once its
-pre-activation z and the loss's derivative δ = ∂L/∂z are known:
+Every layer of a feed-forward chain says two linear things about its own input a, once its pre-activation z and the
+loss's derivative δ = ∂L/∂z are known:
 
-    W ⋆ a + b = z         (forward)        and        δ ⋆ a = ∂L/∂W        (weight gradient).
+    W ⋆ a + b = z         (forward)        and        δ ⋆ a = ∂L/∂W        (weight gradient, summed over the batch).
 
-Both are known at the last layer (δ = ∂L/∂b), and solving for a gives z and δ of the layer before it. This is R-GAP
-(Zhu & Blaschko, ICLR 2021), with four changes: the equations are weighed by their noise, which rounding, saturated
-activations and the layers above set; a prior keeps directions without information at bay; the weight-gradient
-equations decouple over input channels and share one matrix, so that the system shrinks by the number of channels; and
-all observations are solved in one batch.
+At the last layer both are known: for one sample δ = ∂L/∂b, for a batch by row-space matching (`features`). Solving for
+a gives z and δ of the layer before it. For one sample this is R-GAP (Zhu & Blaschko, ICLR 2021), with four changes: the
+equations are weighed by their noise, which rounding, saturated activations and the layers above set; a prior keeps
+directions without information at bay; the weight-gradient equations decouple over input channels and share one matrix,
+so that the system shrinks by the number of channels; and all observations are solved in one batch. For a batch, where a
+layer has more unknowns than equations, the images themselves are searched for from there on (`search`).
 """
 
 from __future__ import annotations
@@ -25,199 +26,107 @@ from torch.nn import functional as F
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Reconstruction
 from fedleak.attacks.inversion.chain import Chain, Layer, Linear, Pointwise
+from fedleak.attacks.inversion.estimate import Estimate, apply_transposed, estimate_input
+from fedleak.attacks.inversion.features import batch_features
+from fedleak.attacks.inversion.gradient_matching import _free_memory as free_memory
+from fedleak.attacks.inversion.search import search
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 
 ROUNDING = 2.0**-23
 """Relative rounding of float32, doubled: clients and servers both round."""
-_CERTAIN = 1e40
-"""The precision of something known exactly."""
 _UNBOUNDED = 10.0
 """Standard deviation, beforehand, of values without a known range."""
-_REFINEMENTS = 2
-_PROBES = 4
-"""Random errors put through a solve to find the size of its own, pooled over channels."""
-
-
-@dataclass
-class Estimate:
-    """A layer's input, ``[N, C, H·W]``: mean and standard deviation."""
-
-    mean: Tensor
-    std: Tensor
-
-
-def estimate_input(
-    layer: Linear,
-    kernel: Tensor,
-    gradient: Tensor,
-    gradient_std: Tensor,
-    delta: Tensor,
-    outputs: Estimate | None,
-    prior: Estimate,
-) -> Estimate:
-    """The linear minimum-variance estimate of a layer's input from its weight gradient and its output.
-
-    Args:
-        layer: the layer.
-        kernel: its weights ``[N, O, C, K]``.
-        gradient: ∂L/∂weights ``[N, O, C, K]``.
-        gradient_std: noise of `gradient`, ``[N]``.
-        delta: ∂L/∂outputs ``[N, O, P]``.
-        outputs: outputs less bias ``[N, O, P]``, None if unknown.
-        prior: of the input, broadcastable to ``[N, C, H·W]``, the std to ``[N, 1, 1]``.
-
-    Returns:
-        the estimate, ``[N, C, H·W]``.
-    """
-    taps = layer.taps.to(kernel.device)
-    count, channels, pixels = len(kernel), layer.shape[0], layer.pixels
-    mean = prior.mean.expand(count, channels, pixels)
-    precision = prior.std.expand(count, 1, 1) ** -2
-    # ∂L/∂W[o, c, k] = Σ_p δ[o, p] a[c, taps[k, p]]: one matrix for all channels.
-    system = delta.new_zeros(count, delta.shape[1], taps.shape[0], pixels + 1)
-    system.scatter_(-1, taps.expand_as(system[..., : taps.shape[1]]), delta[:, :, None].expand(-1, -1, len(taps), -1))
-    system = system[..., :-1].flatten(1, 2) / gradient_std[:, None, None]
-    wanted = gradient.transpose(1, 2).flatten(2) / gradient_std[:, None, None] - mean @ system.mT
-    gram = system.mT @ system + precision * torch.eye(pixels).to(system)
-    if outputs is None:
-        factor = _cholesky(gram)
-        covariance = torch.cholesky_inverse(factor)
-        std = covariance.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()[:, None].expand(-1, channels, -1)
-        return Estimate(mean + (wanted @ system) @ covariance, std)
-    gap = outputs.mean - _apply(layer, kernel, mean)
-    factorise = _primal if channels * pixels <= outputs.mean[0].numel() else _dual
-    solve, std = factorise(layer, kernel, gram, outputs.std)
-    change = solve(wanted @ system, gap)
-    for _ in range(_REFINEMENTS):  # the normal equations square the condition number, their residuals do not
-        right = (wanted - change @ system.mT) @ system - precision * change
-        change = change + solve(right, gap - _apply(layer, kernel, change))
-    return Estimate(mean + change, std)
-
-
-def _apply(layer: Linear, kernel: Tensor, inputs: Tensor) -> Tensor:
-    return kernel.flatten(2) @ layer.patches(inputs).flatten(1, 2)
-
-
-def _apply_transposed(layer: Linear, kernel: Tensor, outputs: Tensor) -> Tensor:
-    patches = (kernel.flatten(2).mT @ outputs).unflatten(1, (layer.shape[0], -1)).flatten(2)
-    inputs = outputs.new_zeros(len(outputs), layer.shape[0], layer.pixels + 1)
-    return inputs.index_add_(-1, layer.taps.to(outputs.device).flatten(), patches)[..., :-1]
-
-
-Solve = Callable[[Tensor, Tensor], Tensor]
-"""Input ``[N, C, H·W]`` of what the weight gradient asks, ``[N, C, H·W]``, and the outputs' gap ``[N, O, P]``."""
-
-
-def _primal(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor) -> tuple[Solve, Tensor]:
-    """As many output equations as unknowns, or more: the normal matrix over all channels."""
-    taps, channels, pixels = layer.taps.to(kernel.device), layer.shape[0], layer.pixels
-    size = channels * (pixels + 1)  # one more unknown a channel, the padding
-    weight = std**-2
-    flat = kernel.flatten(2)
-    blocks = torch.einsum("nopi,noj->npij", weight[..., None] * flat[:, :, None], flat)
-    at = (torch.arange(channels, device=taps.device)[:, None, None] * (pixels + 1) + taps).flatten(0, 1).T  # [P, C·K]
-    index = (at[:, :, None] * size + at[:, None, :]).flatten()
-    normal = kernel.new_zeros(len(kernel), size * size).index_add_(1, index, blocks.flatten(1))
-    normal = normal.view(-1, channels, pixels + 1, channels, pixels + 1)
-    for channel in range(channels):
-        normal[:, channel, :pixels, channel, :pixels] += gram
-        normal[:, channel, pixels, channel, pixels] = _CERTAIN
-    factor = _cholesky(normal.view(-1, size, size))
-
-    def solve(right: Tensor, gap: Tensor) -> Tensor:
-        right = F.pad(right + _apply_transposed(layer, kernel, gap * weight), (0, 1))
-        return torch.cholesky_solve(right.flatten(1)[..., None], factor)[..., 0].view_as(right)[..., :-1]
-
-    probes = torch.linalg.solve_triangular(factor.mT, _probes(factor.new_empty(size, _PROBES)), upper=True)
-    square = probes.square().mean(-1).view(-1, channels, pixels + 1).mean(1, keepdim=True)[..., :-1]
-    return solve, square.sqrt().expand(-1, channels, -1)
-
-
-def _dual(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor) -> tuple[Solve, Tensor]:
-    """Fewer output equations than unknowns: condition what the weight gradient says on the outputs."""
-    taps, channels, pixels = layer.taps.to(kernel.device), layer.shape[0], layer.pixels
-    gram_factor = _cholesky(gram)
-    covariance = torch.cholesky_inverse(gram_factor)
-    pairs = F.pad(covariance, (0, 1, 0, 1))[:, taps[:, None, :, None], taps[None, :, None, :]]  # [N, K, K, P, P]
-    product = torch.einsum("nack,nbcl->nabkl", kernel, kernel)  # [N, O, O, K, K]
-    outputs = product.flatten(1, 2).flatten(2) @ pairs.flatten(1, 2).flatten(2)
-    spread = outputs.view(-1, *product.shape[1:3], *pairs.shape[3:]).transpose(2, 3).flatten(3).flatten(1, 2)
-    spread.diagonal(dim1=1, dim2=2).add_(std.flatten(1) ** 2)
-    factor = _cholesky(spread)
-
-    def condition(inputs: Tensor, outputs: Tensor) -> Tensor:
-        gap = outputs - _apply(layer, kernel, inputs)
-        gain = torch.cholesky_solve(gap.flatten(1)[..., None], factor)[..., 0].view_as(gap)
-        return inputs + _apply_transposed(layer, kernel, gain) @ covariance
-
-    # The errors of the result are those of random errors put through the same solve.
-    square = torch.zeros_like(covariance[:, :1])
-    units = _probes(covariance.new_empty(_PROBES, channels, pixels))
-    for unit, noise in zip(units, _probes(std.new_empty(_PROBES, *std.shape[1:])), strict=True):
-        inputs = torch.linalg.solve_triangular(gram_factor.mT, unit.T.expand(len(gram), -1, -1), upper=True).mT
-        square += condition(inputs, noise * std).square().mean(1, keepdim=True)
-    return lambda right, gap: condition(right @ covariance, gap), (square / _PROBES).sqrt().expand(-1, channels, -1)
-
-
-def _probes(like: Tensor) -> Tensor:
-    """Standard normal numbers, the same at every call and on every device."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower factors ``[N, n, n]``; one that fails (NaN or Inf in a problem's own numbers) is NaN and harms no other."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool((info != 0).any()):
-        factor[info != 0] = torch.nan
-    return factor
 
 
 def peel(
-    chain: Chain, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], noise: Mapping[str, Tensor]
+    chain: Chain,
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    noise: Mapping[str, Tensor],
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """The image behind each gradient of a batch of one.
+    """The images behind each gradient.
 
     Args:
         chain: the model.
         parameters, gradients: name -> float64 ``[N, ...]``.
         noise: name -> ``[N]``, standard deviation of the gradient's entries; where the last layer's gradient shows
             more (a defense), that is taken for all.
+        labels: ``[N, B]`` int64; None for batches of one.
 
     Returns:
-        ``[N, C, H, W]`` float64, not clamped; NaN where a problem's numbers allow no answer.
+        ``[N, B, C, H, W]`` float64, in the order of the labels, not clamped; NaN where a problem's numbers allow no
+        answer.
     """
-    last = chain.last
-    delta = last_delta(last, parameters, gradients)[..., None]
-    seen = _last_layer_noise(last.kernel(gradients).flatten(2), delta)
-    noise = {
-        name: torch.where(seen > 4 * noise[last.weight], seen.maximum(value), value) for name, value in noise.items()
-    }
-    delta_error = noise[last.bias or last.weight] / delta.square().mean((1, 2)).sqrt()
-    outputs: Estimate | None = None
-    for position in reversed(range(len(chain.layers))):
+    batch = 1 if labels is None else labels.shape[1]
+    rest = len(chain.layers)
+    if labels is None:
+        outputs: Estimate | None = None
+        delta = last_delta(chain.last, parameters, gradients)[..., None]
+        seen = _last_layer_noise(chain.last.kernel(gradients).flatten(2), delta)
+        noise = {n: torch.where(seen > 4 * noise[chain.last.weight], seen.maximum(v), v) for n, v in noise.items()}
+        delta_error = noise[chain.last.bias or chain.last.weight] / delta.square().mean((1, 2)).sqrt()
+    else:
+        outputs, delta, delta_error = _last_inputs(chain.last, parameters, gradients, labels)
+        rest -= 1
+    for position in reversed(range(rest)):
         layer = chain.layers[position]
         if isinstance(layer, Pointwise):
             assert outputs is not None  # the last layer is linear
             outputs, delta, delta_error = _undo(layer, outputs, delta, delta_error)
             continue
+        tall, channels = layer.tall(batch), layer.out_shape[0]
         kernel, gradient = layer.kernel(parameters), layer.kernel(gradients)
         size = gradient.square().mean((1, 2, 3)).sqrt()
         std = (noise[layer.weight] ** 2 + (delta_error * size) ** 2).sqrt()
-        delta = delta.reshape(len(delta), layer.out_shape[0], -1)
+        delta = _regroup(delta, batch, channels)
         if outputs is not None:
-            mean, spread = (v.reshape(delta.shape) for v in (outputs.mean, outputs.std))
+            mean, spread = (_regroup(v, batch, channels) for v in (outputs.mean, outputs.std))
             spread = (spread**2 + (ROUNDING * mean.square().mean((1, 2), keepdim=True).sqrt()) ** 2).sqrt()
             if layer.bias is not None:
                 mean = mean - parameters[layer.bias][..., None]
             outputs = Estimate(mean, spread)
+            if not _determined(tall):
+                mean, spread, delta = (v.unflatten(2, (batch, -1)).transpose(1, 2) for v in (mean, spread, delta))
+                noise = {**noise, layer.weight: std}
+                return search(chain, position, parameters, gradients, noise, Estimate(mean, spread), delta)
         prior = _prior(chain.layers[:position], kernel)
-        outputs = estimate_input(layer, kernel, gradient, std, delta, outputs, prior)
+        outputs = estimate_input(tall, kernel, gradient, std, delta, outputs, prior)
         if position:
-            delta = _apply_transposed(layer, kernel, delta)
+            delta = apply_transposed(tall, kernel, delta)
     assert outputs is not None
-    return outputs.mean.view(-1, *chain.image_shape)
+    return outputs.mean.unflatten(2, (batch, -1)).transpose(1, 2).reshape(-1, batch, *chain.image_shape)
+
+
+def _regroup(values: Tensor, batch: int, channels: int) -> Tensor:
+    """Values ``[N, X, B·Y]`` as ``[N, channels, B·Z]``, each sample's own in the same order."""
+    each = values.unflatten(2, (batch, -1)).transpose(1, 2)
+    return each.reshape(len(values), batch, channels, -1).transpose(1, 2).flatten(2)
+
+
+def _determined(layer: Linear) -> bool:
+    """Whether a layer's outputs and weight gradient have equations to spare for its input."""
+    channels, outputs = layer.shape[0], layer.out_shape[0] * layer.taps.shape[1]
+    equations = outputs + channels * min(layer.out_shape[0] * layer.taps.shape[0], layer.pixels)
+    return equations >= 1.1 * channels * layer.pixels
+
+
+def _last_inputs(
+    last: Linear, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor], labels: Tensor
+) -> tuple[Estimate, Tensor, Tensor]:
+    """The last layer's inputs ``[N, d, B]``, the loss's derivative by them, and that one's relative error ``[N]``."""
+    assert last.bias is not None
+    weight, gradient = parameters[last.weight].flatten(2), gradients[last.weight].flatten(2)
+    bias, bias_gradient = parameters[last.bias], gradients[last.bias]
+    features, _ = batch_features(weight, bias, gradient, bias_gradient, labels)
+    values = torch.linalg.svdvals(torch.cat([gradient, bias_gradient[..., None]], 2))
+    error = ROUNDING * values[:, 0] / values[:, labels.shape[1] - 1]  # relative, of the features
+    logits = features @ weight.mT + bias[:, None]
+    residual = (logits.softmax(-1) - F.one_hot(labels, weight.shape[1])) / labels.shape[1]
+    mean = features.mT
+    std = error[:, None, None] * mean.square().mean((1, 2), keepdim=True).sqrt()
+    return Estimate(mean, std.expand_as(mean)), (residual @ weight).mT, error
 
 
 def last_delta(last: Linear, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
@@ -302,13 +211,14 @@ def closed_form(
 ) -> list[Tensor | None]:
     """Images from updates without iteration, where the model and the batch allow it.
 
-    Supported are updates of one local step on one sample (or with one gradient a sample) through a chain of plain
-    convolutions, fully connected layers and elementwise monotone functions. Nothing is promised about an image:
-    compare its gradient with the observed one, as `Peeling` does.
+    Supported are updates of one local step through a chain of plain convolutions, fully connected layers and
+    elementwise monotone functions: of one sample (or with one gradient a sample), or of a batch with known labels and
+    at least twice as many classes as samples. Where a batch leaves an image open, the smoothest of the images that fit
+    is searched for. Nothing is promised about an image: compare its gradient with the observed one, as `Peeling` does.
 
     Args:
         observations: N observations.
-        guesses: N label guesses; not needed here, the gradient of a single sample tells its label.
+        guesses: N label guesses; a single sample needs none, since its gradient tells its label.
         knowledge: the model and the image shape.
         device: where to compute.
 
@@ -386,8 +296,8 @@ class Peeling(Inversion):
             first = observations[rest[0]]
             raise UsageError(
                 f"attack.inversion=peeling cannot undo round {first.round}, client {first.client} (batch_size="
-                f"{first.batch_size}): it needs one sample, one local step and a model without branches or pooling; "
-                "give it a fallback or choose attack.inversion=gradient_matching"
+                f"{first.batch_size}): it needs one local step, known labels, at most half as many samples as "
+                "classes and no branches or pooling; give it a fallback or choose attack.inversion=gradient_matching"
             )
         if rest and self.fallback is not None:
             self.fallback.invert(
@@ -453,29 +363,43 @@ def _peel_all(
     if chain is None:
         return
     names = [name for layer in chain.layers if isinstance(layer, Linear) for name in (layer.weight, layer.bias) if name]
-    supported = [
-        index
-        for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True))
-        if _one_sample(observation, guess) and set(names) <= set(observation.update)
-    ]
-    chunk = max(1, int(_free_bytes(device) // (4 * _bytes(chain))))
-    for first in range(0, len(supported), chunk):
-        start = time.perf_counter()
-        problems = [_problem(observations[i], guesses[i], names) for i in supported[first : first + chunk]]
-        yield from zip(supported[first : first + chunk], _peel_chunk(chain, problems, device, start), strict=True)
+    by_size: dict[int, list[int]] = {}
+    for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
+        size = _batch_size(observation, guess, chain)
+        if size is not None and set(names) <= set(observation.update):
+            by_size.setdefault(size, []).append(index)
+    for size, indices in by_size.items():
+        chunk = max(1, int(free_memory(torch.device(device)) / 2 // _bytes(chain, size)))
+        for first in range(0, len(indices), chunk):
+            start = time.perf_counter()
+            chosen = indices[first : first + chunk]
+            problems = [_problem(observations[i], guesses[i], names) for i in chosen]
+            yield from zip(chosen, _peel_chunk(chain, size, problems, device, start), strict=True)
+
+
+def _batch_size(observation: Observation, guess: LabelGuess | None, chain: Chain) -> int | None:
+    """Images behind each gradient of an observation, None where the closed form has no answer."""
+    if observation.error is not None or observation.local_steps not in (None, 1):
+        return None
+    size = guess.labels.shape[1] if guess is not None else observation.batch_size or 1
+    if observation.per_sample or size == 1:
+        return 1
+    classes, features = chain.last.out_shape[0], chain.last.shape[0]
+    known = guess is not None and chain.last.bias is not None and len(chain.layers) > 1
+    return size if known and 2 * size <= classes and size <= features else None
 
 
 @dataclass
 class _Problem:
-    """What `peel` needs of one observation with S samples: name -> ``[S, ...]`` or, noise, a number."""
+    """What `peel` needs of one observation with S gradients: name -> ``[S, ...]`` or, noise, a number."""
 
     parameters: dict[str, Tensor]
     gradients: dict[str, Tensor]
     noise: dict[str, float]
-    labels: Tensor | None
+    labels: Tensor | None  # [S, B]
 
     @property
-    def samples(self) -> int:
+    def count(self) -> int:
         return len(next(iter(self.gradients.values())))
 
 
@@ -483,43 +407,45 @@ def _problem(observation: Observation, guess: LabelGuess | None, names: Sequence
     gradients = {name: value.detach() for name, value in observation.gradient().items() if name in names}
     if not observation.per_sample:
         gradients = {name: value[None] for name, value in gradients.items()}
-    labels = None if guess is None or observation.per_sample else guess.best
+    labels = None if guess is None or observation.per_sample else guess.best[None]
     parameters = {name: observation.parameters[name].detach() for name in names}
     return _Problem(parameters, gradients, gradient_noise(observation), labels)
 
 
-def _one_sample(observation: Observation, guess: LabelGuess | None) -> bool:
-    size = observation.batch_size or (1 if guess is None else guess.labels.shape[1])
-    single = observation.per_sample or size == 1
-    return single and observation.local_steps in (None, 1) and observation.error is None
-
-
-def _peel_chunk(chain: Chain, problems: Sequence[_Problem], device: torch.device | str, start: float) -> list[_Peeled]:
-    counts = [problem.samples for problem in problems]
+def _peel_chunk(
+    chain: Chain, size: int, problems: Sequence[_Problem], device: torch.device | str, start: float
+) -> list[_Peeled]:
+    counts = [problem.count for problem in problems]
     names = problems[0].gradients.keys()
 
     def stack(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors).to(device=device, dtype=torch.float64)
 
     parameters = {
-        name: stack([p.parameters[name].expand(p.samples, *p.parameters[name].shape) for p in problems])
-        for name in names
+        name: stack([p.parameters[name].expand(p.count, *p.parameters[name].shape) for p in problems]) for name in names
     }
     gradients = {name: stack([p.gradients[name] for p in problems]) for name in names}
-    noise = {name: stack([torch.full((p.samples,), p.noise[name]) for p in problems]) for name in names}
-    labels = last_delta(chain.last, parameters, gradients).argmin(1)
-    offset = 0
-    for problem, count in zip(problems, counts, strict=True):
-        if problem.labels is not None:
-            labels[offset : offset + count] = problem.labels.to(labels)
-        offset += count
-    images = peel(chain, parameters, gradients, noise).nan_to_num(0.5).clamp(0, 1).float()
-    mine = chain.gradients(images.double()[:, None], labels[:, None], parameters)
+    noise = {name: stack([torch.full((p.count,), p.noise[name]) for p in problems]) for name in names}
+    finite = torch.isfinite(_square(gradients) + _square(parameters))
+    for tensors in (gradients, parameters, noise):
+        for name in names:
+            tensors[name] = tensors[name].nan_to_num(0, 0, 0)
+    if size == 1:
+        single = last_delta(chain.last, parameters, gradients).argmin(1, keepdim=True)
+        own = single.split(counts)
+        labels = torch.cat([o if p.labels is None else p.labels.to(o) for o, p in zip(own, problems, strict=True)])
+        images = peel(chain, parameters, gradients, noise)
+    else:
+        labels = torch.cat([p.labels for p in problems if p.labels is not None]).to(device)
+        images = peel(chain, parameters, gradients, noise, labels)
+    images = images.nan_to_num(0.5).clamp(0, 1).float()
+    mine = chain.gradients(images.double(), labels, parameters)
     objective = _square({name: mine[name] - gradients[name] for name in names})
+    objective = torch.where(finite, objective, torch.nan)
     relative = objective / _square(gradients)
     seconds = (time.perf_counter() - start) / len(problems)
     return [
-        _Peeled(i.cpu(), y.cpu(), float(o.sum()), float(r.max()), seconds)
+        _Peeled(i.flatten(0, 1).cpu(), y.flatten().cpu(), float(o.sum()), float(r.max()), seconds)
         for i, y, o, r in zip(*(v.split(counts) for v in (images, labels, objective, relative)), strict=True)
     ]
 
@@ -529,19 +455,20 @@ def _square(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.flatten(1).square().sum(1) for value in tensors.values()]).sum(0)
 
 
-def _bytes(chain: Chain) -> int:
-    """Memory that one problem needs at its largest layer."""
-    largest = 0
-    for layer in chain.layers:
-        if isinstance(layer, Linear):
-            taps, positions = layer.taps.shape
-            inputs, outputs = layer.shape[0] * layer.pixels, layer.out_shape[0] * positions
-            primal = 2 * inputs**2 + positions * (layer.shape[0] * taps) ** 2
-            dual = 2 * outputs**2 + 2 * (taps * positions) ** 2 // 1
-            largest = max(largest, (primal if inputs <= outputs else dual) + 2 * layer.pixels**2)
-    return 8 * largest
-
-
-def _free_bytes(device: torch.device | str) -> float:
-    device = torch.device(device)
-    return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 4e9
+def _bytes(chain: Chain, batch: int) -> int:
+    """Memory that one problem needs, at the layer that needs most."""
+    numbers = 0
+    for layer in reversed(chain.layers):
+        if not isinstance(layer, Linear) or (batch > 1 and layer is chain.last):
+            continue
+        tall = layer.tall(batch)
+        taps, positions = tall.taps.shape
+        inputs, outputs = tall.shape[0] * tall.pixels, tall.out_shape[0] * positions
+        if not _determined(tall) and layer is not chain.last:
+            patches = layer.shape[0] * taps
+            numbers = max(numbers, 2 * outputs // batch * patches * positions // batch + 4 * outputs**2 // batch)
+            break
+        primal = 3 * inputs**2 + 2 * positions * (layer.shape[0] * taps) ** 2
+        dual = 3 * outputs**2 + 2 * (taps * positions) ** 2
+        numbers = max(numbers, (primal if inputs <= outputs else dual) + 3 * tall.pixels**2)
+    return 8 * numbers

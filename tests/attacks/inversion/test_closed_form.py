@@ -220,13 +220,18 @@ class Recorder(Inversion):
         return results
 
 
+def six(images):
+    """A batch of more than half as many samples as classes: not supported."""
+    model, labels = fresh(LeNet((1, 16, 16), 10), 9), torch.arange(6)
+    return observe(model, torch.cat([images[n % len(images)] for n in range(6)]), labels, 9)
+
+
 def test_what_is_not_solved_goes_to_the_fallback():
     observations, images, knowledge = victims((1, 16, 16), 10, range(3))
-    pair = observe(fresh(LeNet((1, 16, 16), 10), 9), torch.cat(images[:2]), torch.tensor([0, 1]), 9)
     fallback, seen = Recorder(), {}
     results = Peeling(fallback).invert(
-        [observations[0], pair, observations[1], observations[2]],
-        [guess(0), guess(0, 1), guess(8), guess(2)],
+        [observations[0], six(images), observations[1], observations[2]],
+        [guess(0), guess(*range(6)), guess(8), guess(2)],
         knowledge,
         on_result=lambda index, result: seen.update({index: result}),
     )
@@ -238,14 +243,59 @@ def test_what_is_not_solved_goes_to_the_fallback():
 
 def test_without_a_fallback_what_is_not_supported_is_refused():
     observations, images, knowledge = victims((1, 16, 16), 10, range(2))
-    pair = observe(fresh(LeNet((1, 16, 16), 10), 9), torch.cat(images), torch.tensor([0, 1]), 9)
-    assert closed_form([pair], [guess(0, 1)], knowledge) == [None]
+    assert closed_form([six(images)], [guess(*range(6))], knowledge) == [None]
     assert closed_form([replace(observations[0], local_steps=2)], [guess(0)], knowledge) == [None]
-    with pytest.raises(UsageError, match="batch_size=2"):
-        Peeling().invert([pair], [guess(0, 1)], knowledge)
+    with pytest.raises(UsageError, match="batch_size=6"):
+        Peeling().invert([six(images)], [guess(*range(6))], knowledge)
     pooled = Knowledge(nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10)), (1, 16, 16), 10)
     with pytest.raises(UsageError, match="gradient_matching"):
         Peeling().invert([observe(pooled.model, images[0], torch.tensor([1]))], [guess(1)], pooled)
+
+
+def batch(shape, classes, labels, seed, build=LeNet):
+    images = torch.cat([image(shape, 100 * seed + n) for n in range(len(labels))])
+    return observe(fresh(build(shape, classes), seed), images, torch.tensor(labels), seed), images
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "labels", "build", "limit"),
+    [
+        ((1, 16, 16), 20, [3, 8, 11], LeNet, 1e-4),
+        ((1, 16, 16), 20, [5, 5], LeNet, 1e-4),
+        ((1, 12, 9), 10, [1, 4, 4, 8], mlp, 1e-6),
+    ],
+    ids=["three", "pair with one label", "mlp"],
+)
+def test_a_batch_that_is_determined_comes_back(shape, classes, labels, build, limit):
+    pairs = [batch(shape, classes, labels, seed, build) for seed in range(2)]
+    knowledge = Knowledge(build(shape, classes), shape, classes)
+    results = Peeling().invert([o for o, _ in pairs], [guess(*labels)] * 2, knowledge)
+    for result, (_, truth) in zip(results, pairs, strict=True):
+        assert result.stop_reason == "converged"
+        assert result.labels.tolist() == labels
+        order = (result.images[:, None] - truth[None]).square().flatten(2).mean(2).argmin(1)
+        assert sorted(order.tolist()) == list(range(len(labels)))
+        assert [labels[n] for n in order] == labels
+        assert mse(result.images, truth[order]) < limit
+
+
+def test_a_batch_with_a_wrong_label_is_not_called_converged():
+    observation, _ = batch((1, 16, 16), 20, [3, 8], 0)
+    (result,) = Peeling().invert([observation], [guess(3, 9)], Knowledge(LeNet((1, 16, 16), 20), (1, 16, 16), 20))
+    assert result.stop_reason == "stalled"
+
+
+def test_batches_and_single_samples_go_together():
+    shape, classes = (1, 16, 16), 20
+    pair, images = batch(shape, classes, [3, 8], 0)
+    one, single = batch(shape, classes, [7], 1)
+    broken = replace(pair, update={n: torch.full_like(g, torch.nan) for n, g in pair.update.items()})
+    knowledge = Knowledge(LeNet(shape, classes), shape, classes)
+    results = Peeling().invert([pair, one, broken], [guess(3, 8), guess(7), guess(3, 8)], knowledge)
+    assert [r.stop_reason for r in results] == ["converged", "converged", "stalled"]
+    assert mse(results[0].images, images) < 1e-3
+    assert mse(results[1].images, single) < 1e-6
+    assert torch.isfinite(results[2].images).all()
 
 
 @pytest.mark.parametrize("classes", [3, 10])
