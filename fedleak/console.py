@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import rich.console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 
 from fedleak.attacks.base import Progress as AttackProgress
 
@@ -55,7 +55,7 @@ class Console:
                 objective = "" if math.isnan(state.median_objective) else f" · median {state.median_objective:.1e}"
                 note = (
                     f"{state.converged} converged · {state.diverged} diverged{objective}"
-                    f" · {state.evaluations_per_second:,.0f} evaluations/s"
+                    f" · {state.evaluations_per_second:,.0f}/s"
                 )
                 bar.update(task, total=state.problems, completed=state.done, note=note)
 
@@ -77,13 +77,14 @@ class Console:
 
     def _bar(self, note: str) -> Progress:
         return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn(note, style="dim"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
+            BarColumn(bar_width=12, table_column=Column(min_width=12)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True, min_width=7)),
+            # Where the terminal is narrow, the note is what gives way.
+            TextColumn(note, style="dim", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
             console=self.err,
+            expand=True,
             disable=self.err.quiet,
         )
 

@@ -25,7 +25,7 @@ from fedleak.capture import CaptureStore, Observation
 from fedleak.console import Console
 from fedleak.errors import UsageError
 from fedleak.evaluation.scores import ATTACK_COLUMNS, LEAKAGE_COLUMNS, Match, match, round_table, score, summarise
-from fedleak.federation.client import make_client_app
+from fedleak.federation.client import make_client_app, one_thread
 from fedleak.federation.local_update import local_update
 from fedleak.federation.scenario import Scenario, build_scenario, resolve_device
 from fedleak.federation.server import make_server_app
@@ -208,7 +208,8 @@ def judge(
         truth = truths.load(observation.round, observation.client)
         residual = None
         if attacked and truth is not None and observation.error is None:
-            residual = update_residual(attacked.model, observation, truth, config["federation"])
+            with one_thread():  # as the clients ran, so that rounding does not look like a disagreement
+                residual = update_residual(attacked.model, observation, truth, config["federation"])
         row, images = score(
             reconstruction,
             truth,

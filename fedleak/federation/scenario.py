@@ -66,9 +66,14 @@ class Scenario:
         return self.data.image_shape
 
     def start(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(parameters, floating-point buffers) of the initial model, which are what is federated."""
-        buffers = {name: value for name, value in self.model.named_buffers() if value.is_floating_point()}
-        return {name: value.detach() for name, value in self.model.named_parameters()}, buffers
+        """(parameters, floating-point buffers) of the initial model, which are what is federated.
+
+        Buffers outside the state dict are constants of the architecture (a normalisation's mean, say).
+        """
+        parameters = {name: value.detach() for name, value in self.model.named_parameters()}
+        state = self.model.state_dict()
+        buffers = {n: v for n, v in state.items() if n not in parameters and v.is_floating_point()}
+        return parameters, buffers
 
     def private_batch(self, client: int, server_round: int) -> tuple[Tensor, Tensor]:
         """What `client` trains on in `server_round`: images ``[T * B, C, H, W]`` in [0, 1] and labels ``[T * B]``.
