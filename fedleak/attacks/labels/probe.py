@@ -74,6 +74,7 @@ def probe(observations: Sequence[Observation], layer: LastLayer, knowledge: Know
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
     target = model.get_submodule(layer.name)
+    images = images.to(networks[0][layer.weight].dtype)
     caught: list[Tensor] = []
     target.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
 
