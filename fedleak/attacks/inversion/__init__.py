@@ -3,7 +3,7 @@
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.objectives import L2, Cosine, Objective, RelativeL2
 from fedleak.attacks.inversion.optimizers import LBFGS, Adam, Optimizer
-from fedleak.attacks.inversion.priors import ImageNorm, Prior, TotalVariation
+from fedleak.attacks.inversion.priors import ImageNorm, Prior, SmoothTotalVariation, TotalVariation
 
 __all__ = [
     "L2",
@@ -16,5 +16,6 @@ __all__ = [
     "Optimizer",
     "Prior",
     "RelativeL2",
+    "SmoothTotalVariation",
     "TotalVariation",
 ]

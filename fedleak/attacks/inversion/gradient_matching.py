@@ -43,11 +43,14 @@ class GradientMatching(Inversion):
     Args:
         objective: the distance between updates; squared differences by default.
         priors: penalties added to it.
+        anneal: the priors' weights are multiplied with these numbers in turn; every stage goes on from the best images
+            of the one before, with a budget of its own. Where an update does not determine the images, falling
+            weights lead to those that the priors like best among all that match.
         optimizer: `LBFGS()` by default, as in DLG and iDLG.
         start: ``normal`` (standard normal pixels, as in DLG and iDLG), ``uniform`` (on [0, 1]) or ``grey`` (0.5, plus
             a little noise from the second start on and where there is more than one image).
         restarts: starts per observation (and per label candidate), at most.
-        max_evaluations: objective-and-gradient evaluations per start, at most.
+        max_evaluations: objective-and-gradient evaluations per start (and stage of `anneal`), at most.
         tolerance: the unscaled objective, priors included, at which a start has converged.
         objective_scale: what the optimiser sees is the objective times this; keeps float32 from stalling early.
         dtype: ``float32`` or ``float64``.
@@ -68,6 +71,7 @@ class GradientMatching(Inversion):
         *,
         objective: Objective | None = None,
         priors: Sequence[Prior] = (),
+        anneal: Sequence[float] = (1.0,),
         optimizer: Optimizer | None = None,
         start: Literal["normal", "uniform", "grey"] = "normal",
         restarts: int = 4,
@@ -93,7 +97,11 @@ class GradientMatching(Inversion):
         if chunk_size is not None and chunk_size < 1:
             raise UsageError(f"inversion.chunk_size={chunk_size}: must be at least 1, or null for what memory holds")
         self.objective = objective if objective is not None else L2()
+        self.needs_scale = self.objective.needs_scale  # type: ignore[misc]
         self.priors = tuple(priors)
+        self.anneal = tuple(float(factor) for factor in anneal) if self.priors else (1.0,)
+        if not self.anneal:
+            raise UsageError("inversion.anneal=[]: must have at least one factor, such as [1.0]")
         self.optimizer = optimizer if optimizer is not None else LBFGS()
         self.start = start
         self.restarts = restarts
@@ -389,6 +397,9 @@ class _Start:
     case: _Case
     restart: int
     candidate: int
+    stage: int = 0  # of the annealing
+    point: Tensor | None = None  # where the stage before ended, [D]
+    before: int = 0  # evaluations of the stages before
     launched: int = 0  # iteration of the pool
     clock: float = 0.0  # the pool's clock then, see _Solver._run
     trace: list[tuple[int, float]] = field(default_factory=list)
@@ -447,13 +458,16 @@ class _Solver:
         config, device = self.config, self.distance.device
         points, labels = [], []
         for start in starts:
+            if start.case.labels is not None:
+                labels.append(start.case.labels[start.candidate])
+            if start.point is not None:
+                points.append(start.point)
+                continue
             images, logits = config.first_point(start.case, start.restart, self.knowledge, self.seed)
             point = self.basis.unknowns(images.to(device, config.dtype)).flatten()
             if logits is not None:
                 point = torch.cat([point, logits.to(point).flatten()])
             points.append(point)
-            if start.case.labels is not None:
-                labels.append(start.case.labels[start.candidate])
         x = torch.stack(points)
         infinite = x.new_full((len(starts),), torch.inf)
         own: Rows = {
@@ -463,6 +477,7 @@ class _Solver:
             "mark": infinite.clone(),  # best value when it last fell by a thousandth, and when that was
             "marked": torch.zeros(len(starts), dtype=torch.long, device=device),
             "evaluations": torch.zeros(len(starts), dtype=torch.long, device=device),
+            "prior": x.new_tensor([config.anneal[start.stage] for start in starts]),
         }
         if labels:
             one_hot = nn.functional.one_hot(torch.stack(labels), self.knowledge.classes)
@@ -538,7 +553,7 @@ class _Solver:
         if self.config.priors:
             with torch.enable_grad():
                 leaf = images.detach().requires_grad_()
-                penalty = torch.stack([prior(leaf) for prior in self.config.priors]).sum(0)
+                penalty = torch.stack([prior(leaf) for prior in self.config.priors]).sum(0) * own["prior"]
                 value = value + penalty.detach()
                 gradient = gradient + torch.autograd.grad(penalty.sum(), leaf)[0]
         gradient = self.basis.pull(gradient).flatten(1)
@@ -577,7 +592,7 @@ class _Solver:
         if due:
             values = value.tolist()
             for slot, start in due:
-                start.trace.append((iteration - start.launched, values[slot]))
+                start.trace.append((start.before + iteration - start.launched, values[slot]))
 
     def _record(
         self, own: Rows, ended: list[int], codes: list[int], iteration: int, clock: float, queue: deque[_Start]
@@ -586,13 +601,17 @@ class _Solver:
         index = torch.tensor(ended, device=self.distance.device)
         points, best = own["best_x"][index], own["best"][index].tolist()
         found, logits = self._images(points).float().clamp(0, 1).cpu(), points[:, self.pixels :].cpu()
-        for slot, images, logit, value in zip(ended, found, logits, best, strict=True):
+        for place, (slot, images, logit, value) in enumerate(zip(ended, found, logits, best, strict=True)):
             start = self.running[slot]
             assert start is not None
             self.running[slot] = None
             case, reason = start.case, REASONS[codes[slot]]
             case.evaluations += iteration - start.launched
             case.seconds += clock - start.clock
+            if reason != "diverged" and start.stage + 1 < len(self.config.anneal):
+                before = start.before + iteration - start.launched
+                queue.appendleft(replace(start, stage=start.stage + 1, point=points[place].clone(), before=before))
+                continue
             if value < case.best:
                 case.best, case.stop_reason, case.trace = value, reason, start.trace
                 case.images = images

@@ -18,6 +18,9 @@ class Objective(ABC):
     Subclass it in a file of your own and name it by ``_target_``.
     """
 
+    needs_scale = True
+    """Whether the size of the gradients matters, and not their direction alone."""
+
     @abstractmethod
     def __call__(self, dd: Tensor, dt: Tensor, tt: Tensor) -> Tensor:
         """The distance of each problem, differentiable in `dd` and `dt`.
@@ -58,6 +61,8 @@ class RelativeL2(Objective):
 
 class Cosine(Objective):
     """One minus the cosine of the angle between the whole updates (Geiping 2020); blind to their scale."""
+
+    needs_scale = False
 
     def __call__(self, dd: Tensor, dt: Tensor, tt: Tensor) -> Tensor:
         """1 − ⟨G, T⟩ / (‖G‖ ‖T‖), ``[P]``, in [0, 2]; 1 where an update is zero."""

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.base import LabelGuess, Progress, Reconstruction
-from fedleak.attacks.inversion import L2, LBFGS, Adam, Cosine, GradientMatching, Optimizer, TotalVariation
+from fedleak.attacks.inversion import (
+    L2,
+    LBFGS,
+    Adam,
+    Cosine,
+    GradientMatching,
+    Optimizer,
+    SmoothTotalVariation,
+    TotalVariation,
+)
 from fedleak.attacks.inversion.fast import ChainDistance
 from fedleak.errors import UsageError
 
@@ -351,3 +360,28 @@ def test_mistakes_are_named(victims) -> None:
         GradientMatching().invert([other], v.guesses, v.knowledge)
     with pytest.raises(UsageError, match="1 observations but 0 label guesses"):
         GradientMatching().invert(v.observations, [], v.knowledge)
+
+
+def test_annealed_priors_give_way_to_the_update(victims) -> None:
+    v = victims(3, dtype=torch.float64)
+    common: dict[str, Any] = {
+        "objective": L2(relative=True),
+        "start": "grey",
+        "optimizer": LBFGS(line_search="backtracking"),
+        "dtype": "float64",
+        "restarts": 1,
+        "max_evaluations": 60,
+        "trace_every": 20,
+        "tolerance": 0.0,
+    }
+    prior = [SmoothTotalVariation(weight=1e-2)]
+    one = GradientMatching(priors=prior, **common).invert(v.observations, v.guesses, v.knowledge)
+    annealed = GradientMatching(priors=prior, anneal=(1.0, 0.1, 0.0), **common)
+    three = annealed.invert(v.observations, v.guesses, v.knowledge)
+    assert all(a.objective < 0.1 * b.objective for a, b in zip(three, one, strict=True))
+    assert errors(three, v.images).mean() < 0.5 * errors(one, v.images).mean()
+    assert [[step for step, _ in r.trace] for r in three] == [list(range(20, 181, 20))] * 3
+    annealed.chunk_size = 2
+    same(annealed.invert(v.observations, v.guesses, v.knowledge), three, atol=1e-4)
+    with pytest.raises(UsageError, match="anneal"):
+        GradientMatching(priors=prior, anneal=())
