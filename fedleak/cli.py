@@ -1,4 +1,4 @@
-"""The command line: ``fedleak run``, ``fedleak attack``, ``fedleak report``, ``fedleak list``."""
+"""The command line: ``fedleak run``, ``fedleak attack``, ``fedleak labels``, ``fedleak report``, ``fedleak list``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedleak import __version__
 from fedleak.errors import FedleakError, UsageError
@@ -22,6 +22,7 @@ HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside,
 
   fedleak run [overrides]                   run a federation, attack every captured update, judge the result
   fedleak attack run_dir=DIR [overrides]    attack an earlier run's captures again
+  fedleak labels [overrides]                compare the label inference methods, fresh networks each run
   fedleak report DIR [DIR …] [--output F]   one HTML page on a run, or on several side by side
   fedleak list                              the choices of every group
   fedleak --help | --version
@@ -75,21 +76,14 @@ def _dispatch(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """``fedleak run``: check everything, then let Hydra run the job or the sweep."""
-    flags, overrides = _split(arguments)
-    from fedleak.config import check, compose_config, expand_sweep, plain
+    from fedleak.config import check
     from fedleak.pipeline import prepare
 
-    sweep = bool({"--multirun", "-m"} & set(flags))
-    show = [flag for flag in flags if flag.startswith(("--cfg", "-c", "--info", "--package", "-p", "--resolve"))]
-    jobs = expand_sweep(overrides) if sweep else [overrides]
-    for job in jobs:
-        config = plain(compose_config(job))
+    def refuse(config: dict[str, Any]) -> None:
         check(config)
-        if any(o.startswith("output_dir=") for o in overrides):
-            _refuse_overwriting(Path(config["output_dir"]))
-        if not show:
-            prepare(config)
-    return _through_hydra(flags, overrides, _run_job)
+        prepare(config)
+
+    return _through_hydra("config", arguments, refuse, _run_job)
 
 
 def _run_job(config: DictConfig) -> None:
@@ -104,6 +98,31 @@ def _run_job(config: DictConfig) -> None:
     command = ["fedleak", "run", *hydra.overrides.task]
     outcome = pipeline.run(plain(config), Path(hydra.runtime.output_dir), console, command)
     _show(console, outcome)
+
+
+def labels(arguments: list[str]) -> int:
+    """``fedleak labels``: the study of label inference methods."""
+    from fedleak.studies import labels as study
+
+    return _through_hydra("labels", arguments, study.check, _labels_job)
+
+
+def _labels_job(config: DictConfig) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from fedleak.config import plain
+    from fedleak.console import Console
+    from fedleak.studies import labels as study
+
+    console = Console()
+    values = plain(config)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    plan, sides = values["labels"], 2 if values["partition"] == "both" else 1
+    cells = len(plan["methods"]) * len(plan["batch_sizes"]) * len(plan["stages"]) * sides
+    with console.cells("label inference", cells) as on_cell:
+        summary = study.run(values, folder, on_cell)
+    console.table(study.pivot(summary))
+    console.say(f"results in {folder}: labels.csv, summary.csv and pictures")
 
 
 def attack(arguments: list[str]) -> int:
@@ -202,7 +221,13 @@ def list_choices(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": run, "attack": attack, "report": report, "list": list_choices}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": run,
+    "attack": attack,
+    "labels": labels,
+    "report": report,
+    "list": list_choices,
+}
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -231,11 +256,31 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def _through_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable[[DictConfig], None]) -> int:
-    """Run `job` under Hydra, which makes the folders, writes ``.hydra/`` and sweeps."""
+def _through_hydra(
+    root: str,
+    arguments: Sequence[str],
+    refuse: Callable[[dict[str, Any]], object],
+    job: Callable[[DictConfig], None],
+) -> int:
+    """Check every job, then run them under Hydra, which makes the folders, writes ``.hydra/`` and sweeps.
+
+    Args:
+        root: the root file of the configuration.
+        arguments: Hydra flags and overrides.
+        refuse: raises `UsageError` for a config that cannot work; called for all jobs before any runs.
+        job: does the work of one config.
+    """
     import hydra
 
-    from fedleak.config import conf_dir
+    from fedleak.config import compose_config, conf_dir, expand_sweep, plain
+
+    flags, overrides = _split(arguments)
+    for one in expand_sweep(overrides) if {"--multirun", "-m"} & set(flags) else [overrides]:
+        config = plain(compose_config(one, root))
+        if any(override.startswith("output_dir=") for override in overrides):
+            _refuse_overwriting(Path(config["output_dir"]))
+        if not any(flag.startswith(("--cfg", "-c", "--info")) for flag in flags):
+            refuse(config)
 
     failures: list[BaseException] = []
 
@@ -250,14 +295,14 @@ def _through_hydra(flags: Sequence[str], overrides: Sequence[str], job: Callable
     before = sys.argv
     sys.argv = ["fedleak", *flags, *overrides]
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(guarded)()
+        hydra.main(config_path=str(conf_dir()), config_name=root, version_base="1.3")(guarded)()
     finally:
         sys.argv = before
     return 0 if not failures else 2 if all(isinstance(f, UsageError) for f in failures) else 1
 
 
 def _refuse_overwriting(folder: Path) -> None:
-    for name in ("rounds.csv", "attacks.csv", "captures", "multirun.yaml"):
+    for name in ("rounds.csv", "attacks.csv", "labels.csv", "captures", "multirun.yaml"):
         if (folder / name).exists():
             raise UsageError(f"output_dir={folder}: holds the results of an earlier run; name another, or remove it")
 

@@ -27,24 +27,24 @@ def conf_dir() -> Path:
     return here / "conf" if (here / "conf").is_dir() else here.parent / "conf"
 
 
-def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """Compose the config of one run.
+def compose_config(overrides: Sequence[str], root: str = "config") -> DictConfig:
+    """Compose the config of one run (``conf/config.yaml``) or of another command's root file.
 
     Raises:
         UsageError: an override cannot be read, or names a key or a choice that does not exist.
     """
     parse(overrides)
     try:
-        return _compose(overrides)
+        return _compose(overrides, root)
     except (HydraException, OmegaConfBaseException) as error:
         problem = error
     # Outside the handler: explaining composes again, which Hydra allows one at a time.
-    raise UsageError(_explain(problem, overrides)) from problem
+    raise UsageError(_explain(problem, overrides, root)) from problem
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def _compose(overrides: Sequence[str], root: str) -> DictConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        return compose(root, overrides=list(overrides))
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -100,11 +100,13 @@ class Rule:
     mend: str
 
 
-def _whole(least: int) -> Rule:
+def whole(least: int) -> Rule:
+    """A whole number from `least`."""
     return Rule(lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least, f"a whole number from {least}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -114,25 +116,25 @@ def _one_of(*values: str) -> Rule:
 
 YES_NO = Rule(lambda v: isinstance(v, bool), "true or false")
 RULES: Mapping[str, Rule] = {
-    "seed": _whole(0),
+    "seed": whole(0),
     "device": _one_of("auto", "cpu", "cuda"),
     "output_dir": Rule(lambda v: isinstance(v, str) and v != "", "a folder"),
-    "federation.clients": _whole(1),
-    "federation.rounds": _whole(1),
-    "federation.fraction": Rule(lambda v: _is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
-    "federation.batch_size": _whole(1),
-    "federation.local_steps": _whole(1),
-    "federation.lr": Rule(lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "federation.clients": whole(1),
+    "federation.rounds": whole(1),
+    "federation.fraction": Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
+    "federation.batch_size": whole(1),
+    "federation.local_steps": whole(1),
+    "federation.lr": Rule(lambda v: is_number(v) and v > 0, "a number above 0"),
     "federation.payload": _one_of("gradient", "weights"),
     "federation.training_mode": YES_NO,
     "attack.name": Rule(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+-]+", v) is not None, "a plain name"),
-    "attack.restarts": _whole(1),
-    "attack.max_evaluations": _whole(1),
+    "attack.restarts": whole(1),
+    "attack.max_evaluations": whole(1),
     "attack.every": Rule(
         lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
         "a whole number from 1, or auto",
     ),
-    "attack.candidates": _whole(1),
+    "attack.candidates": whole(1),
     "attack.clients": Rule(
         lambda v: v == "all" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
         "a whole number from 1, or all",
@@ -147,14 +149,7 @@ FIXED = ("federation", "threat")
 
 def check(config: Mapping[str, Any]) -> None:
     """Check every value that can be checked without data; raises `UsageError` naming key, value and mend."""
-    for key, rule in RULES.items():
-        value: Any = config
-        for part in key.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise UsageError(f"{key}: missing; give {rule.mend}")
-            value = value[part]
-        if not rule.test(value):
-            raise UsageError(f"{key}={value}: must be {rule.mend}")
+    check_rules(config, RULES)
     for group in FIXED:
         known = [key.split(".")[1] for key in RULES if key.startswith(group + ".")]
         for key in config[group]:
@@ -170,6 +165,18 @@ def check(config: Mapping[str, Any]) -> None:
         raise UsageError(f"model.init={model['init']}: must be one of uniform, default")
 
 
+def check_rules(config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    """Check the values that have a rule; raises `UsageError` naming key, value and mend."""
+    for key, rule in rules.items():
+        value: Any = config
+        for part in key.split("."):
+            if not isinstance(value, Mapping) or part not in value:
+                raise UsageError(f"{key}: missing; give {rule.mend}")
+            value = value[part]
+        if not rule.test(value):
+            raise UsageError(f"{key}={value}: must be {rule.mend}")
+
+
 def _suggest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, 1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
@@ -179,7 +186,7 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _explain(error: BaseException, overrides: Sequence[str]) -> str:
+def _explain(error: BaseException, overrides: Sequence[str], root: str) -> str:
     """One line from Hydra's several."""
     text = str(error)
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
@@ -193,7 +200,7 @@ def _explain(error: BaseException, overrides: Sequence[str]) -> str:
         if "/" in key:
             return f"{key}: cannot be chosen here; {_suggest(key, list(choices()))}"
         given = next((o.lstrip("+") for o in overrides if o.lstrip("+").startswith(key + "=")), key)
-        return f"{given}: unknown key; {_suggest_key(key, overrides)}"
+        return f"{given}: unknown key; {_suggest_key(key, overrides, root)}"
     return f"{_first_line(error)}; see fedleak run --help"
 
 
@@ -202,11 +209,11 @@ def _suggest_choice(name: str, available: Sequence[str]) -> str:
     return (f"did you mean {close[0]}? " if close else "") + f"Choices: {', '.join(available)}"
 
 
-def _suggest_key(key: str, overrides: Sequence[str]) -> str:
+def _suggest_key(key: str, overrides: Sequence[str], root: str) -> str:
     """What the user may have meant: a key of the config as composed without the unknown ones."""
     groups = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0].lstrip("+~") in choices()]
     try:
-        config = _compose(groups)
+        config = _compose(groups, root)
     except (HydraException, OmegaConfBaseException):
         return "see fedleak run --help"
     known = _keys(OmegaConf.to_container(config, resolve=False))

@@ -62,6 +62,19 @@ class Console:
             yield on_progress
             bar.update(task, completed=bar.tasks[task].total)
 
+    @contextmanager
+    def cells(self, name: str, total: int) -> Iterator[Callable[[str, str, int, int, float], None]]:
+        """A bar over a study's cells; yields the callback for each."""
+        with self._bar("{task.fields[note]}") as bar:
+            task = bar.add_task(name, total=total, note="")
+
+            def on_cell(method: str, partition: str, stage: int, batch_size: int, accuracy: float) -> None:
+                note = f"{method}, {partition}, batch size {batch_size}, {stage} steps: {accuracy:.1%}"
+                bar.update(task, advance=1, note=note)
+
+            yield on_cell
+            bar.update(task, total=bar.tasks[task].completed)
+
     def table(self, table: pd.DataFrame) -> None:
         """Print a data frame; shares as percentages, missing values as a dash."""
         shown = Table(box=None, pad_edge=False, header_style="bold")

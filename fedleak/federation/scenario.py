@@ -117,7 +117,7 @@ def _build(config_json: str) -> Scenario:
     federation = Federation(**config["federation"])
     threat = ThreatModel(**config["threat"])
     seed = config["seed"]
-    data = _load_data(json.dumps(config["data"], sort_keys=True))
+    data = load_data(config["data"])
     partitioner = instantiate(config["partition"], "partition")
     parts = partitioner(data.train_labels, federation.clients, generator(seed, "partition"))
     order = torch.randperm(len(data.test_labels), generator=generator(seed, "auxiliary"))
@@ -134,6 +134,11 @@ def _build(config_json: str) -> Scenario:
         auxiliary=order[:held_back],
         utility=order[held_back:].sort().values,
     )
+
+
+def load_data(config: Mapping[str, Any]) -> ImageData:
+    """Load, or take from the cache, the images of a `data` config; raises `UsageError` where they are not there."""
+    return _load_data(json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=2)

@@ -1,0 +1,1 @@
+"""Studies that need no federation, behind commands of their own."""

@@ -1,0 +1,214 @@
+"""``fedleak labels``: which method reads the labels off an update best, by batch size, skew and stage of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from fedleak.attacks.base import Knowledge, LabelInference
+from fedleak.attacks.labels.last_layer import find_last_layer
+from fedleak.config import Rule, check_rules, conf_dir, is_number, whole
+from fedleak.data import to_float
+from fedleak.errors import UsageError
+from fedleak.evaluation.label_study import ClientPlan, Partition, client_update, draw_batch, label_study
+from fedleak.federation.scenario import load_data
+from fedleak.instantiate import instantiate
+from fedleak.models import build_model
+from fedleak.pipeline import write_csv
+from fedleak.seeding import derive_seed, generator
+
+CONTROL = "random"
+OURS = "fedleak"
+
+
+def _list_of(least: int) -> Rule:
+    rule = whole(least)
+    return Rule(
+        lambda v: isinstance(v, list) and len(v) > 0 and all(rule.test(x) for x in v), f"a list of {rule.mend}s"
+    )
+
+
+RULES = {
+    "labels.methods": Rule(
+        lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(x, str) for x in v),
+        "a list of choices of attack/labels",
+    ),
+    "labels.batch_sizes": _list_of(1),
+    "labels.stages": _list_of(0),
+    "labels.runs": whole(1),
+    "partition": Rule(lambda v: v in ("iid", "biased", "both"), "iid, biased or both"),
+    "federation.payload": Rule(lambda v: v in ("gradient", "weights"), "gradient or weights"),
+    "federation.local_steps": whole(1),
+    "federation.lr": Rule(lambda v: is_number(v) and v > 0, "a number above 0"),
+    "seed": whole(0),
+}
+
+
+def check(config: Mapping[str, Any]) -> dict[str, LabelInference]:
+    """Check every value and build the methods; raises `UsageError` naming key, value and mend."""
+    check_rules(config, RULES)
+    return {name: _method(name) for name in config["labels"]["methods"]}
+
+
+def _method(name: str) -> LabelInference:
+    folder = conf_dir() / "attack" / "labels"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise UsageError(f"labels.methods={name}: no such method; choices: {known}")
+    return instantiate(OmegaConf.to_container(OmegaConf.load(path)), f"labels.methods.{name}")
+
+
+def run(config: Mapping[str, Any], folder: Path, on_cell: Any = None) -> pd.DataFrame:
+    """Run the study; write `labels.csv`, `summary.csv` and the pictures. Returns the summary.
+
+    Args:
+        config: plain containers of ``conf/labels.yaml``.
+        folder: where to write.
+        on_cell: called with (method, partition, stage, batch size, mean label accuracy).
+    """
+    methods = check(config)
+    data = load_data(config["data"])
+    images = to_float(torch.cat([data.train_images, data.test_images]))
+    labels = torch.cat([data.train_labels, data.test_labels])
+    plan = ClientPlan(**config["federation"])
+    partitions: list[Partition] = ["iid", "biased"] if config["partition"] == "both" else [config["partition"]]
+
+    def network(run: int) -> torch.nn.Module:
+        return build_model(config["model"], data.image_shape, data.classes, derive_seed(config["seed"], "model", run))
+
+    name = str(config["data"]["_target_"]).rsplit(".", 1)[-1]
+    frame = label_study(
+        images,
+        labels,
+        model=network,
+        methods=methods,
+        batch_sizes=config["labels"]["batch_sizes"],
+        partitions=partitions,
+        stages=config["labels"]["stages"],
+        runs=config["labels"]["runs"],
+        data=name,
+        plan=plan,
+        seed=config["seed"],
+        on_cell=on_cell,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_csv(frame, folder / "labels.csv")
+    summary = summarise(frame)
+    write_csv(summary, folder / "summary.csv")
+    _lines(summary, "batch_size", "label_accuracy", "Labels inferred rightly", folder / "accuracy.png")
+    _lines(summary, "batch_size", "labels_exact", "Whole batch right", folder / "whole_batch.png")
+    if summary["stage"].nunique() > 1:
+        _lines(summary, "stage", "label_accuracy", "Labels inferred rightly", folder / "stages.png")
+    _scatter(network, images, labels, plan, partitions, config, folder / "gradient_against_count.png")
+    return summary
+
+
+def summarise(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a method, partition, stage and batch size: means over runs with 95% intervals.
+
+    Label accuracy has a normal interval over networks, the whole-batch rate a Wilson interval.
+    """
+    rows = []
+    keys = ["method", "data", "partition", "stage", "batch_size"]
+    for key, group in frame.groupby(keys, sort=False):
+        runs, mean = len(group), group.label_accuracy.mean()
+        half = 1.96 * group.label_accuracy.std(ddof=1) / np.sqrt(runs) if runs > 1 else np.nan
+        exact = group.labels_exact.mean()
+        low, high = wilson(exact, runs)
+        rows.append(
+            dict(zip(keys, key, strict=True))
+            | {"runs": runs, "label_accuracy": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
+            | {"labels_exact": exact, "exact_low": low, "exact_high": high}
+            | {"counts_exact": group.counts_exact.mean(), "seconds": group.seconds.mean()}
+        )
+    return pd.DataFrame(rows).round(6)
+
+
+def wilson(share: float, runs: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share."""
+    z2 = 1.96**2
+    centre = (share + z2 / (2 * runs)) / (1 + z2 / runs)
+    half = 1.96 / (1 + z2 / runs) * np.sqrt(share * (1 - share) / runs + z2 / (4 * runs**2))
+    return float(centre - half), float(centre + half)
+
+
+def _lines(summary: pd.DataFrame, x: str, y: str, title: str, path: Path) -> None:
+    """`y` against `x`, a panel for each partition (and for each value of the other axis, if it has several)."""
+    other = "stage" if x == "batch_size" else "batch_size"
+    panels = list(summary.groupby(["partition", other], sort=False))
+    figure = Figure(figsize=(5.2 * len(panels) + 1.8, 4.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(panels), sharey=True))
+    names = list(dict.fromkeys(summary["method"]))
+    low, high = ("low", "high") if y == "label_accuracy" else ("exact_low", "exact_high")
+    for panel, ((partition, value), part) in zip(axes, panels, strict=True):
+        for i, name in enumerate(names):
+            line = part[part["method"] == name].sort_values(x)
+            style = (
+                {"color": "#c2410c", "linewidth": 2.4} if name == OURS else {"color": f"C{i % 10}", "linewidth": 1.2}
+            )
+            if name == CONTROL:
+                style = {"color": "0.5", "linestyle": ":", "linewidth": 1.6}
+            dashes = "--" if i >= 10 and name not in (OURS, CONTROL) else style.pop("linestyle", "-")
+            panel.plot(line[x], line[y], marker="o", markersize=3, label=name, linestyle=dashes, **style)
+            panel.fill_between(line[x], line[low], line[high], color=style["color"], alpha=0.08, linewidth=0)
+        if x == "batch_size":
+            panel.set_xscale("log", base=2)
+            sizes = sorted(part[x].unique())
+            panel.set_xticks(sizes, [str(size) for size in sizes])
+        what = f"{value} training steps" if other == "stage" else f"batch size {value}"
+        panel.set_title(f"{partition}, {what}")
+        panel.set_xlabel("batch size" if x == "batch_size" else "training steps before the attack")
+        panel.set_ylim(-0.02, 1.02)
+        panel.grid(alpha=0.25)
+    axes[0].set_ylabel(title.lower())
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    figure.suptitle(f"{title} (mean over fresh networks, 95% interval)")
+    figure.savefig(path, dpi=110)
+
+
+def _scatter(
+    network: Any,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    plan: ClientPlan,
+    partitions: list[Partition],
+    config: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """What every counting method lives on: a class's gradient, summed over its inputs, against its count."""
+    size = max(s for s in config["labels"]["batch_sizes"] if s <= len(labels))
+    known = Knowledge(network(0), tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
+    figure = Figure(figsize=(5.2 * len(partitions) + 0.5, 4.0), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(partitions), sharey=True))
+    for panel, partition in zip(panels, partitions, strict=True):
+        for run in range(min(10, config["labels"]["runs"])):
+            random = generator(config["seed"], "scatter", partition, run)
+            batch = draw_batch(labels, size * plan.local_steps, partition, random)
+            model = network(run)
+            observation = client_update(model, images[batch], labels[batch], plan, run=run, batch_size=size)
+            sums = observation.gradient()[find_last_layer(known).weight].sum(dim=1)
+            counts = torch.bincount(labels[batch], minlength=len(sums))
+            panel.scatter(counts + 0.1 * torch.rand(len(counts)) - 0.05, sums, s=9, alpha=0.6, color="#1d4ed8")
+        panel.axhline(0, color="0.6", linewidth=0.8)
+        panel.set_title(f"{partition}, batch size {size}, untrained")
+        panel.set_xlabel("samples of the class in the batch")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("gradient of the class, summed over inputs")
+    figure.savefig(path, dpi=110)
+
+
+def pivot(summary: pd.DataFrame) -> pd.DataFrame:
+    """Mean label accuracy, a row a method and a column a batch size, for each partition and stage."""
+    table = summary.pivot_table(
+        index=["partition", "stage", "method"], columns="batch_size", values="label_accuracy", sort=False
+    ).round(3)
+    table.columns = [f"B = {size}" for size in table.columns]
+    return table.reset_index()
