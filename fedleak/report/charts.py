@@ -216,7 +216,7 @@ def _endpoints(runs: Sequence[RunData]) -> list[Chart]:
             {
                 "mark": {"type": "point", "filled": True, "size": 45, "opacity": 0.65},
                 "encoding": {
-                    "x": {"field": "x", "type": "quantitative", "title": "evaluations", "scale": {"zero": False}},
+                    "x": {"field": "x", "type": "quantitative", "title": "evaluations"},
                     "y": _log(column, axis),
                     "tooltip": _tips(
                         ("run", "run"),
@@ -250,12 +250,14 @@ def _endpoints(runs: Sequence[RunData]) -> list[Chart]:
 def _distributions(runs: Sequence[RunData]) -> list[Chart]:
     several = len(runs) > 1
     charts = []
-    psnr_rows, mse_rows, said = [], [], []
+    psnr_rows: list[dict[str, Any]] = []
+    mse_rows: list[dict[str, Any]] = []
+    said = []
     for run in runs:
         table = run.leakage.dropna(subset=["mse"])
         if not len(table):
             continue
-        said.append(_said(run.name, f"the median image came within {_decibels(table['mse'].median())}.", several))
+        said.append(_said(run.name, f"the median image reached {_decibels(table['mse'].median())}.", several))
         for low, count in _bins((min(max(_psnr(m), 0), 98) for m in table["mse"]), 2).items():
             end = "98 dB and more, exact copies too" if low >= 98 else f"{low} to {low + 2} dB"
             psnr_rows.append({"run": run.name, "low": low, "high": low + 2, "count": count, "range": end})
@@ -279,7 +281,7 @@ def _distributions(runs: Sequence[RunData]) -> list[Chart]:
             "How close the images came: PSNR",
             psnr_rows,
             "PSNR in dB (higher is closer)",
-            {"zero": False},
+            {"domain": [0, max([40, *(row["high"] for row in psnr_rows)])]},
             threshold,
             f"datum.low >= {threshold - 1e-6}",
             f"Images right of the dashed line, at {threshold:.0f} dB, count as recovered.",
@@ -289,7 +291,7 @@ def _distributions(runs: Sequence[RunData]) -> list[Chart]:
             "How close the images came: mean squared error",
             mse_rows,
             "MSE (lower is closer)",
-            {"type": "log"},
+            {"type": "log", "domain": [min([1e-4, *(row["low"] for row in mse_rows)]), 10**0.5]},
             RECOVERED_MSE,
             f"datum.high <= {RECOVERED_MSE * (1 + 1e-6)}",
             f"Images left of the dashed line, at {RECOVERED_MSE:g}, count as recovered.",
@@ -306,7 +308,7 @@ def _distributions(runs: Sequence[RunData]) -> list[Chart]:
                     "type": "quantitative",
                     "title": axis,
                     "scale": scale,
-                    "axis": _AXIS[key],
+                    "axis": _LOG_AXIS if key == "mse" else {"tickCount": 8},
                 },
                 "x2": {"field": "high"},
                 "y": {
@@ -502,11 +504,15 @@ def _comparison(runs: Sequence[RunData]) -> list[Chart]:
 
 
 _RULE = {"type": "rule", "strokeDash": [4, 4], "strokeWidth": 1.5, "color": "@ink"}
-_DECADES = {
-    "condition": {"test": "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-6", "value": 1},
-    "value": 0,
+# Of a logarithmic axis, the powers of ten alone.
+_IS_DECADE = "abs(log(datum.value) / LN10 - round(log(datum.value) / LN10)) < 1e-6"
+_DECADES = {"condition": {"test": _IS_DECADE, "value": 1}, "value": 0}
+_LOG_AXIS = {
+    "format": ".0e",
+    "labelExpr": f"{_IS_DECADE} ? datum.label : ''",
+    "labelOverlap": True,
+    "tickOpacity": _DECADES,
 }
-_AXIS = {"psnr": {"tickCount": 8}, "mse": {"format": ".0e", "labelOverlap": True, "tickOpacity": _DECADES}}
 
 
 def _lines(
@@ -519,7 +525,7 @@ def _lines(
     runs: Sequence[RunData],
 ) -> Chart:
     """A line with points over the rounds; `rule` is the format of the values."""
-    few = max((r["round"] for r in rows), default=0) <= 60
+    few = len({r["round"] for r in rows}) <= 60
     y: dict[str, Any] = {"field": "value", "type": "quantitative", "title": axis, "axis": {"format": rule}}
     if rule == "%":
         y["scale"] = {"domain": [0, 1]}
@@ -602,7 +608,7 @@ def _colour(runs: Sequence[RunData]) -> dict[str, Any]:
 
 
 def _log(column: str, title: str) -> dict[str, Any]:
-    axis = {"format": ".0e", "labelOverlap": True, "gridOpacity": _DECADES, "tickOpacity": _DECADES}
+    axis = _LOG_AXIS | {"gridOpacity": _DECADES}
     return {"field": column, "type": "quantitative", "title": title, "scale": {"type": "log"}, "axis": axis}
 
 
@@ -646,7 +652,7 @@ def _psnr(error: float) -> float:
 
 
 def _decibels(error: float) -> str:
-    return f"{_psnr(error):.1f} dB" if error > 0 else "nothing of the private one: an exact copy"
+    return f"{_psnr(error):.1f} dB" if error > 0 else "an infinite PSNR: it is exact"
 
 
 def _short(value: float) -> str:

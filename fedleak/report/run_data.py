@@ -113,8 +113,10 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart, numbered where a folder is given twice."""
     parts = [Path(folder).resolve().parts for folder in folders]
+    # An attack's folder and a sweep's numbered one mean little without the run above them.
+    least = [3 if p[-2:-1] == ("attacks",) else 2 if p and p[-1].isdigit() else 1 for p in parts]
     for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(p[-depth:]).lstrip("/") or "/" for p in parts]
+        names = ["/".join(p[-max(depth, d) :]).lstrip("/") or "/" for p, d in zip(parts, least, strict=True)]
         if len(set(names)) == len(set(parts)):
             break
     seen: Counter[str] = Counter()

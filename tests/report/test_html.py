@@ -58,6 +58,8 @@ def test_names_are_distinct_and_short(tmp_path):
     assert distinct_names(folders) == ["a/run", "b/run", f"{tmp_path.name}/c"]
     assert distinct_names([tmp_path / "x", tmp_path / "x"]) == ["x", "x (2)"]
     assert distinct_names([tmp_path / "x"]) == ["x"]
+    assert distinct_names([tmp_path / "x" / "attacks" / "dlg", tmp_path / "x"]) == ["x/attacks/dlg", "x"]
+    assert distinct_names([tmp_path / "sweep" / "0"]) == ["sweep/0"]
 
 
 EVIL = "</script><img src=x onerror=alert(1)><!--"
