@@ -37,6 +37,19 @@ class GradientMatching(Inversion):
     ends frees its place, a start that failed is followed by the next restart of that observation alone, and an
     observation is finished as soon as one start converges. What a start does depends on nothing else in the call.
 
+    The defaults are the procedure of the DLG and iDLG papers. Quicker and surer on natural images, at batch size 1
+    with labels known or sought::
+
+        GradientMatching(objective=L2(relative=True), start="grey", smoothness=1.0, optimizer=LBFGS(max_step=1.0),
+                         tolerance=3e-7)
+
+    Batches can leave the images undetermined even where every label is known (a LeNet's gradient holds fewer numbers
+    than four CIFAR images do); then a prior decides among images that match equally well::
+
+        GradientMatching(objective=RelativeL2(), start="grey", smoothness=0.5, tolerance=1e-9,
+                         priors=[SmoothTotalVariation(weight=1e-3)], anneal=(1, 0.1, 0.01),
+                         optimizer=LBFGS(line_search="backtracking"))
+
     An update of several local steps is matched as if all its samples had been one batch at the starting parameters,
     which is right for small learning rates only.
 
@@ -263,6 +276,7 @@ class _Case:
     evaluations: int = 0
     seconds: float = 0.0
     starts: int = 0
+    finished: bool = False
     trace: list[tuple[int, float]] = field(default_factory=list)
     details: dict[str, int] = field(default_factory=dict)
 
@@ -307,9 +321,10 @@ class _Results:
 
     def finish(self, case: _Case) -> None:
         """A case is done; its observation is reported when it was the last one."""
+        case.finished = True
         self.done.append(case)
         cases = self.open[case.index]
-        if any(other not in self.done for other in cases):
+        if not all(other.finished for other in cases):
             return
         images = torch.cat([c.images if c.images is not None else self._grey(c) for c in cases])
         labels = torch.cat([c.best_labels if c.best_labels is not None else self._guess(c) for c in cases])

@@ -74,8 +74,8 @@ class LBFGS(Optimizer):
             "count": x.new_zeros(problems, dtype=torch.long),  # pairs ever stored
             "steps": x.new_zeros(problems, dtype=torch.long),
             "pairs": x.new_zeros(problems, 2, m, unknowns),  # s and y, a ring in `count % m`
-            "sy": x.new_zeros(problems, m, m, dtype=torch.float64),  # ⟨s_i, y_j⟩, for i stored before or with j
-            "yy": x.new_zeros(problems, m, m, dtype=torch.float64),
+            "sy": x.new_zeros(problems, m, m, dtype=_wide(x)),  # ⟨s_i, y_j⟩, for i stored before or with j
+            "yy": x.new_zeros(problems, m, m, dtype=_wide(x)),
             "gamma": x.new_ones(problems),
             "gradient": torch.zeros_like(x),  # of the last accepted point
             "move": torch.zeros_like(x),  # last step: x - last accepted point
@@ -139,7 +139,7 @@ class LBFGS(Optimizer):
         # One pass over the history gives its products with the gradient and with the newest y.
         history, sy, yy = state["pairs"][:, :, :used], state["sy"], state["yy"]
         probes = torch.stack([gradient, y], 1).mT
-        with_s, with_y = ((history[:, k] @ probes).double() for k in (0, 1))
+        with_s, with_y = ((history[:, k] @ probes).to(sy.dtype) for k in (0, 1))
         rows = torch.arange(len(y), device=y.device)
         slot = (state["count"] - 1).clamp_min(0) % self.history_size
         newest = learned[:, None]
@@ -171,7 +171,7 @@ class LBFGS(Optimizer):
             yy = yy.gather(1, lines).gather(2, columns)
         diagonal = torch.where(filled, sy.diagonal(dim1=1, dim2=2), 0.0)
         upper = sy.triu() + torch.diag_embed(torch.where(filled, 0.0, 1.0).to(sy.dtype))
-        gamma = state["gamma"].double()[:, None]
+        gamma = state["gamma"].to(sy.dtype)[:, None]
         s_g, y_g = torch.where(filled, s_g, 0.0), torch.where(filled, y_g, 0.0)
         u = torch.linalg.solve_triangular(upper, s_g[..., None], upper=True)
         right = diagonal[..., None] * u + gamma[..., None] * (yy @ u) - (gamma * y_g)[..., None]
@@ -211,7 +211,7 @@ class Adam(Optimizer):
 
     def init(self, x: Tensor) -> State:
         """Zero moments for problems that start at `x` ``[P, D]``."""
-        steps = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
+        steps = torch.zeros(x.shape[0], dtype=_wide(x), device=x.device)
         return {"steps": steps, "mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
 
     def step(self, state: State, x: Tensor, value: Tensor, gradient: Tensor, progress: Tensor) -> Tensor:
@@ -225,7 +225,12 @@ class Adam(Optimizer):
         correction = (1 - second ** state["steps"]).sqrt()
         lr = self.lr / (1 - first ** state["steps"])
         if self.schedule == "drops":
-            drops = sum((progress >= at).double() for at in (3 / 8, 5 / 8, 7 / 8))
+            drops = sum((progress >= at).to(lr.dtype) for at in (3 / 8, 5 / 8, 7 / 8))
             lr = lr * 0.1**drops
         denominator = state["square"].sqrt() / correction[:, None].to(x.dtype) + self.eps
         return x - lr[:, None].to(x.dtype) * state["mean"] / denominator
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """What scalars are kept in: double precision where the device has it."""
+    return x.dtype if x.device.type == "mps" else torch.float64

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedleak.attacks.base import LabelGuess, Progress, Reconstruction
 from fedleak.attacks.inversion import (
@@ -385,3 +385,42 @@ def test_annealed_priors_give_way_to_the_update(victims) -> None:
     same(annealed.invert(v.observations, v.guesses, v.knowledge), three, atol=1e-4)
     with pytest.raises(UsageError, match="anneal"):
         GradientMatching(priors=prior, anneal=())
+
+
+class Residual(nn.Module):
+    """Not a chain, with batch statistics and running ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.more, self.fc = nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6 * 64, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.sigmoid(self.norm(self.conv(images)))
+        return self.fc((x + torch.tanh(self.more(x))).flatten(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_any_module_works(victims, training: bool, shared: bool) -> None:
+    v = victims(3, batch=2)
+    torch.manual_seed(0)
+    model = Residual().train(training)
+    observations = []
+    for i, (images, labels) in enumerate(zip(v.images, v.labels, strict=True)):
+        if not shared:
+            model = Residual().train(training)
+        buffers = {
+            name: value.clone() + (i if name == "norm.running_mean" else 0) for name, value in model.named_buffers()
+        }
+        model.load_state_dict(buffers, strict=False)
+        observation = victims.observe(model, images, labels, client=i)
+        observations.append(dataclasses.replace(observation, start_buffers=buffers))
+    knowledge = dataclasses.replace(v.knowledge, model=Residual(), training_mode=training)
+    config = GradientMatching(
+        objective=L2(relative=True), start="grey", optimizer=LBFGS(max_step=0.5), restarts=1, max_evaluations=150
+    )
+    results = config.invert(observations, v.guesses, knowledge)
+    assert all(r.objective < 1e-2 for r in results)
+    truth = GradientMatching(objective=L2(relative=True), initial=lambda *_: list(v.images), max_evaluations=1)
+    assert all(r.objective < 1e-8 for r in truth.invert(observations, v.guesses, knowledge))
