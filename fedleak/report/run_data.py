@@ -90,6 +90,8 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         home = folder
     config = (home if home != folder else folder) / ".hydra" / "config.yaml"
     run.config = _attempt(run, ".hydra/config.yaml", {}, lambda: _mapping(yaml.safe_load(_text(config))))
+    if home != folder:
+        run.config |= _attack_settings(run.summary)
     run.rounds = _table(run, home / "rounds.csv", ROUND_COLUMNS)
     attacked = run.summary.get("attack") != "none"
     run.attacks = _table(run, folder / "attacks.csv", ATTACK_COLUMNS)
@@ -124,6 +126,24 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
         seen[name] += 1
         names[i] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return names
+
+
+def _attack_settings(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a later attack on a run changed in its configuration, as far as its summary tells."""
+    threat = _mapping(summary.get("threat") or {})
+    changed: dict[str, Any] = {
+        "attack": {"name": summary.get("attack")},
+        "threat": {
+            name: granted == "granted" for granted in ("granted", "withheld") for name in threat.get(granted, [])
+        },
+    }
+    for word in str(summary.get("command") or "").split():
+        key, equals, value = word.partition("=")
+        if equals and key.startswith(("attack.", "attack/")):
+            changed["attack"][key[len("attack.") :]] = value
+        elif equals and key in ("seed", "device"):
+            changed[key] = value
+    return changed
 
 
 def _read_images(run: RunData, folder: Path, truths: TruthStore) -> None:

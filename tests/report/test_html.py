@@ -10,7 +10,7 @@ from PIL import Image
 
 from fedleak.errors import UsageError
 from fedleak.report.charts import effort_charts, federation_charts, leak_charts
-from fedleak.report.html import embed, verdict, write_report
+from fedleak.report.html import compare, embed, verdict, write_report
 from fedleak.report.run_data import distinct_names, read_run
 from fedleak.report.sprites import SETTINGS, pack
 
@@ -117,6 +117,15 @@ def test_a_report_in_spite_of_damage_says_what_is_missing(make_run, name, damage
     assert "The leak</h2>" in html
 
 
+@pytest.mark.parametrize("odd", [3, "x", [1], {"a": [2]}, None])
+def test_a_summary_of_odd_values_does_no_harm(make_run, odd):
+    folder = make_run()
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(dict.fromkeys(summary, odd)))
+    (folder / ".hydra" / "config.yaml").write_text(json.dumps({"federation": odd, "threat": odd, "attack": odd}))
+    assert "The leak</h2>" in page(folder)
+
+
 def test_a_damaged_reconstruction_leaves_the_others(make_run):
     folder = make_run()
     next((folder / "captures" / "reconstructions" / "key").glob("*")).write_bytes(b"no")
@@ -141,11 +150,16 @@ def test_an_attack_on_an_earlier_run_finds_its_federation_and_truth(make_run):
         shutil.copy(folder / name, again)
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"run_dir": "../..", "reconstructions": "../../captures/reconstructions/key", "attack": "dlg"}
+    summary |= {"command": "fedleak attack run_dir=run attack=dlg attack.restarts=4 seed=9"}
     (again / "summary.json").write_text(json.dumps(summary))
     run = read_run(again)
     assert run.problems == []
     assert len(run.rounds) == 3
     assert all(m.true is not None for m in run.matches)
+    settings = run.settings()
+    assert (settings["attack.name"], settings["attack.restarts"], settings["seed"]) == ("dlg", "4", "9")
+    assert settings["data"] == "digits"
+    assert "attack.name" in [key for key, _ in compare([read_run(folder), run])["differing"]]
 
 
 def test_usage_errors(tmp_path):
