@@ -440,3 +440,13 @@ def test_ten_thousand_images_stay_small_and_fast(make_run, browser):
     assert "of 1,250 chosen, 10,000 in all" in window.run("return document.getElementById('status').textContent")
     assert time.perf_counter() - start < 2
     assert window.log() == []
+
+
+def test_the_report_of_a_real_run_lacks_nothing(small_run, tmp_path):
+    run = read_run(small_run)
+    assert run.problems == []
+    assert len(run.matches) == run.summary["images"] == len(run.leakage)
+    assert sum(bool(m.recovered) for m in run.matches) == run.summary["recovered"]
+    html = page(small_run, output=tmp_path / "r.html")
+    assert run.summary["command"] in html
+    assert "Missing or damaged" not in html
