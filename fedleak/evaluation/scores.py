@@ -6,7 +6,7 @@ A missing truth is no error: its scores stay empty (None in a row, an empty CSV 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -150,6 +150,7 @@ def score(
     defense: str,
     batch_size: int | None,
     update_residual: float | None,
+    matches: Sequence[Match] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Score one reconstruction against the truth.
 
@@ -162,6 +163,7 @@ def score(
         attack, defense: names for the table.
         batch_size: samples per local step, None if unknown.
         update_residual: relative distance between the captured update and the one recomputed from the truth.
+        matches: what `match` made of the two, where it is at hand already.
 
     Returns:
         The row of ``attacks.csv`` (`ATTACK_COLUMNS`) and the rows of ``leakage.csv`` (`LEAKAGE_COLUMNS`).
@@ -181,7 +183,7 @@ def score(
         "stop_reason": reconstruction.stop_reason,
         "update_residual": update_residual,
     }
-    return row, [pair.row() for pair in match(reconstruction, truth)]
+    return row, [pair.row() for pair in (match(reconstruction, truth) if matches is None else matches)]
 
 
 def summarise(attacks: pd.DataFrame, leakage: pd.DataFrame, rounds: pd.DataFrame) -> dict[str, Any]:

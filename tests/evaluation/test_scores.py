@@ -121,6 +121,13 @@ def test_similarity_can_be_left_out():
     assert [m.mse for m in quick] == [m.mse for m in full]
 
 
+def test_matches_at_hand_are_not_made_again():
+    truth = batch([1, 2])
+    result = rebuilt(truth.images, [1, 2])
+    assert score(result, truth, **NAMES, matches=match(result, truth)) == score(result, truth, **NAMES)
+    assert score(result, truth, **NAMES, matches=[])[1] == []
+
+
 def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="compare"):
         match(rebuilt(torch.zeros(1, 3, 12, 12), [1]), batch([1]))
