@@ -117,7 +117,7 @@ def _labels_job(config: DictConfig) -> None:
     console = Console()
     values = plain(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    plan, sides = values["labels"], 2 if values["partition"] == "both" else 1
+    plan, sides = values["labels"], len(study.partitions(values))
     cells = len(plan["methods"]) * len(plan["batch_sizes"]) * len(plan["stages"]) * sides
     with console.cells("label inference", cells) as on_cell:
         summary = study.run(values, folder, on_cell)

@@ -43,7 +43,6 @@ RULES = {
     "labels.batch_sizes": _list_of(1),
     "labels.stages": _list_of(0),
     "labels.runs": whole(1),
-    "partition": Rule(lambda v: v in ("iid", "biased", "both"), "iid, biased or both"),
     "federation.payload": Rule(lambda v: v in ("gradient", "weights"), "gradient or weights"),
     "federation.local_steps": whole(1),
     "federation.lr": Rule(lambda v: is_number(v) and v > 0, "a number above 0"),
@@ -54,7 +53,19 @@ RULES = {
 def check(config: Mapping[str, Any]) -> dict[str, LabelInference]:
     """Check every value and build the methods; raises `UsageError` naming key, value and mend."""
     check_rules(config, RULES)
+    partitions(config)
     return {name: _method(name) for name in config["labels"]["methods"]}
+
+
+def partitions(config: Mapping[str, Any]) -> list[Partition]:
+    """How victims' batches are drawn: the chosen `partition`, both if none is."""
+    node = config.get("partition")
+    if node is None:
+        return ["iid", "biased"]
+    name = str(node["_target_"]).rsplit(".", 1)[-1].lower()
+    if name not in ("iid", "biased"):
+        raise UsageError(f"partition={name}: fedleak labels draws batches iid or biased; leave it out for both")
+    return [name]  # type: ignore[list-item]
 
 
 def _method(name: str) -> LabelInference:
@@ -79,7 +90,7 @@ def run(config: Mapping[str, Any], folder: Path, on_cell: Any = None) -> pd.Data
     images = to_float(torch.cat([data.train_images, data.test_images]))
     labels = torch.cat([data.train_labels, data.test_labels])
     plan = ClientPlan(**config["federation"])
-    partitions: list[Partition] = ["iid", "biased"] if config["partition"] == "both" else [config["partition"]]
+    drawn = partitions(config)
 
     def network(run: int) -> torch.nn.Module:
         return build_model(config["model"], data.image_shape, data.classes, derive_seed(config["seed"], "model", run))
@@ -91,7 +102,7 @@ def run(config: Mapping[str, Any], folder: Path, on_cell: Any = None) -> pd.Data
         model=network,
         methods=methods,
         batch_sizes=config["labels"]["batch_sizes"],
-        partitions=partitions,
+        partitions=drawn,
         stages=config["labels"]["stages"],
         runs=config["labels"]["runs"],
         data=name,
@@ -107,7 +118,7 @@ def run(config: Mapping[str, Any], folder: Path, on_cell: Any = None) -> pd.Data
     _lines(summary, "batch_size", "labels_exact", "Whole batch right", folder / "whole_batch.png")
     if summary["stage"].nunique() > 1:
         _lines(summary, "stage", "label_accuracy", "Labels inferred rightly", folder / "stages.png")
-    _scatter(network, images, labels, plan, partitions, config, folder / "gradient_against_count.png")
+    _scatter(network, images, labels, plan, drawn, config, folder / "gradient_against_count.png")
     return summary
 
 
@@ -151,14 +162,11 @@ def _lines(summary: pd.DataFrame, x: str, y: str, title: str, path: Path) -> Non
     for panel, ((partition, value), part) in zip(axes, panels, strict=True):
         for i, name in enumerate(names):
             line = part[part["method"] == name].sort_values(x)
-            style = (
-                {"color": "#c2410c", "linewidth": 2.4} if name == OURS else {"color": f"C{i % 10}", "linewidth": 1.2}
-            )
-            if name == CONTROL:
-                style = {"color": "0.5", "linestyle": ":", "linewidth": 1.6}
-            dashes = "--" if i >= 10 and name not in (OURS, CONTROL) else style.pop("linestyle", "-")
-            panel.plot(line[x], line[y], marker="o", markersize=3, label=name, linestyle=dashes, **style)
-            panel.fill_between(line[x], line[low], line[high], color=style["color"], alpha=0.08, linewidth=0)
+            color = {OURS: "#c2410c", CONTROL: "0.5"}.get(name, f"C{i % 10}")
+            dashes = ":" if name == CONTROL else "--" if i >= 10 and name != OURS else "-"
+            width = 2.4 if name == OURS else 1.2
+            panel.plot(line[x], line[y], dashes, color=color, linewidth=width, marker="o", markersize=3, label=name)
+            panel.fill_between(line[x], line[low], line[high], color=color, alpha=0.08, linewidth=0)
         if x == "batch_size":
             panel.set_xscale("log", base=2)
             sizes = sorted(part[x].unique())
@@ -179,16 +187,16 @@ def _scatter(
     images: torch.Tensor,
     labels: torch.Tensor,
     plan: ClientPlan,
-    partitions: list[Partition],
+    drawn: list[Partition],
     config: Mapping[str, Any],
     path: Path,
 ) -> None:
     """What every counting method lives on: a class's gradient, summed over its inputs, against its count."""
     size = max(s for s in config["labels"]["batch_sizes"] if s <= len(labels))
     known = Knowledge(network(0), tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
-    figure = Figure(figsize=(5.2 * len(partitions) + 0.5, 4.0), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(partitions), sharey=True))
-    for panel, partition in zip(panels, partitions, strict=True):
+    figure = Figure(figsize=(5.2 * len(drawn) + 0.5, 4.0), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(drawn), sharey=True))
+    for panel, partition in zip(panels, drawn, strict=True):
         for run in range(min(10, config["labels"]["runs"])):
             random = generator(config["seed"], "scatter", partition, run)
             batch = draw_batch(labels, size * plan.local_steps, partition, random)

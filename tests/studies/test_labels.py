@@ -36,7 +36,7 @@ def test_one_partition_can_be_chosen_and_one_seed_gives_one_result(tmp_path):
         ("labels.runs=0", "labels.runs=0: must be"),
         ("labels.batch_sizes=[]", "labels.batch_sizes=[]: must be"),
         ("labels.batch_sizes=[0]", "labels.batch_sizes=[0]: must be"),
-        ("partition=shards", "partition=shards: must be iid, biased or both"),
+        ("partition=shards", "partition=shards: fedleak labels draws batches iid or biased"),
         ("labels.run=3", "labels.run=3: unknown key; did you mean labels.runs?"),
     ],
 )
