@@ -77,7 +77,7 @@ class Learned(CountInference):
                     1 if labels is not None else 16,
                 )
                 drawn = skewed_labels(layer.classes, self.batches, total, seed + unit)
-                values, truth, _ = simulate([family], [drawn], head, shift, seed + unit)
+                values, truth, _ = simulate([family], [drawn], head, shift, family.features.mean(dim=0), seed + unit)
                 known.append(_per_class(values, layer.classes))
                 shares.append(truth)
             seen = []

@@ -114,16 +114,25 @@ def label_posterior(
         families = [Samples(features, probabilities, labels, 1 if labels is not None else domains)]
         if labels is None:
             families.append(imagined_features(features, head, shift, min(20 * layer.classes, 400), seed))
-        seen = readings(
-            bias[n : n + 1], evidence.sums[n : n + 1], evidence.weight[n : n + 1].double() @ head.T, shift, total
-        )
+        steps, lr = (observation.local_steps or 1, observation.lr) if observation.lr is not None else (1, 0.0)
+        centre, gradient = features.mean(dim=0), evidence.weight[n].double()
+        if steps > 1 and lr * float(centre @ centre + 1) > 4:
+            # Logits swing too far in a step for any regression to follow: what remains is the identity halfway.
+            expected[n], spread[n] = total * (probabilities.mean(dim=0) - bias[n]), torch.inf
+            continue
+        along = gradient @ centre + bias[n]
+        path = None if steps == 1 else probabilities_along(head @ centre + shift, along[None], steps * lr)
+        one = slice(n, n + 1)
+        seen = readings(bias[one], evidence.sums[one], (gradient @ head.T)[None], shift, total, path)
         halves = [half for family in families for half in family.halves()]
-        each = batches // len(halves)
+        each = batches // len(halves) // (1 if steps == 1 else 2)
         drawn = [skewed_labels(layer.classes, each, total, seed + part) for part in range(len(halves))]
-        mean, error = _regress(*simulate(halves, drawn, head, shift, seed), seen)
+        mean, error = _regress(*simulate(halves, drawn, head, shift, centre, seed, steps=steps, lr=lr), seen)
         base = round_counts(total * mean[None], evidence.totals[n : n + 1])[0]
         drawn = [_near(base, total * error, each, seed + part) for part in range(len(halves))]
-        mean, error = _regress(*simulate(halves, drawn, head, shift, seed + len(halves)), seen)
+        mean, error = _regress(
+            *simulate(halves, drawn, head, shift, centre, seed + len(halves), steps=steps, lr=lr), seen
+        )
         expected[n], spread[n] = total * mean, total * error
     return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
 
@@ -147,22 +156,50 @@ def domain_images(knowledge: Knowledge, domains: int, size: int, seed: int) -> T
 
 
 def simulate(
-    families: list[Samples], drawn: list[Tensor], head: Tensor, shift: Tensor, seed: int
+    families: list[Samples],
+    drawn: list[Tensor],
+    head: Tensor,
+    shift: Tensor,
+    centre: Tensor,
+    seed: int,
+    *,
+    steps: int = 1,
+    lr: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Readings ``[J, F]``, class shares ``[J, C]`` and half ``[J]`` of batches with labels `drawn`, ``[J', B]`` each.
 
-    Families come as first and second halves in turn.
+    Families come as first and second halves in turn. With several local steps the labels are dealt to the steps at
+    random and the last layer is trained along, its features standing still; `centre` ``[d]`` is their mean.
     """
     values, shares, half = [], [], []
     for part, (family, labels) in enumerate(zip(families, drawn, strict=True)):
         total = labels.shape[1]
-        error = _errors(family, labels, seed + part)  # [J, C, M]: Σ over the samples of a batch that are input m
-        sums = torch.stack([torch.ones(len(family.features), dtype=torch.float64), family.features.sum(dim=1)], dim=1)
+        error = (
+            _errors(family, labels, seed + part)
+            if steps == 1
+            else _trained_errors(family, labels, head, shift, seed + part, steps, lr)
+        )  # [J, C, M]: Σ over the samples of a batch that are input m
+        ones = torch.ones(len(family.features), dtype=torch.float64)
+        sums = torch.stack([ones, family.features.sum(dim=1), family.features @ centre], dim=1)
         moments = error @ torch.cat([sums, family.features @ head.T], dim=1) / total
-        values.append(readings(moments[..., 0], moments[..., 1], moments[..., 2:], shift, total))
+        bias, along, logits = moments[..., 0], moments[..., 2], moments[..., 3:]
+        path = None if steps == 1 else probabilities_along(head @ centre + shift, along + bias, steps * lr)
+        values.append(readings(bias, moments[..., 1], logits, shift, total, path))
         shares.append(torch.nn.functional.one_hot(labels, len(shift)).double().mean(dim=1))
         half.append(torch.full((len(labels),), part % 2))
     return torch.cat(values), torch.cat(shares), torch.cat(half)
+
+
+def probabilities_along(start: Tensor, along: Tensor, reach: float) -> Tensor:
+    """``[J, 5, C]``: softmax outputs of the mean feature at the start, quarter points and end of the local steps.
+
+    Args:
+        start: ``[C]``, its logits at the start.
+        along: ``[J, C]``, how they fall for each unit of learning rate: ∂L/∂W h̄ + ∂L/∂b.
+        reach: learning rate × local steps.
+    """
+    points = torch.linspace(0, 1, 5, dtype=torch.float64)[None, :, None]
+    return (start - reach * points * along[:, None]).softmax(dim=2)
 
 
 def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int, seed: int) -> Samples:
@@ -205,7 +242,33 @@ def _near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
 
 def _errors(family: Samples, drawn: Tensor, seed: int) -> Tensor:
     """``[J, C, M]``: how often input m is in batch j, times its p, minus how often with label c."""
+    counts = _occurrences(family, drawn, torch.Generator().manual_seed(seed))
+    return counts.sum(dim=1, keepdim=True) * family.probabilities.T - counts
+
+
+def _trained_errors(
+    family: Samples, drawn: Tensor, head: Tensor, shift: Tensor, seed: int, steps: int, lr: float
+) -> Tensor:
+    """`_errors` summed over local steps, the last layer moving by plain SGD from step to step.
+
+    The logits of the inputs move by the inner products of their features, so that no weights are kept.
+    """
     generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(drawn.shape, generator=generator).argsort(dim=1)
+    parts = drawn.gather(1, order).chunk(steps, dim=1)
+    alike = family.features @ family.features.T + 1
+    logits = (family.features @ head.T + shift).T.expand(len(drawn), -1, -1)  # [J, C, M]
+    whole = torch.zeros_like(logits)
+    for labels in parts:
+        counts = _occurrences(family, labels, generator)
+        error = counts.sum(dim=1, keepdim=True) * logits.softmax(dim=1) - counts
+        logits = logits - lr / labels.shape[1] * (error @ alike)
+        whole = whole + error
+    return whole
+
+
+def _occurrences(family: Samples, drawn: Tensor, generator: torch.Generator) -> Tensor:
+    """``[J, C, M]``: how often input m is in batch j with label c, for labels `drawn` ``[J, B]``."""
     inputs, classes = family.probabilities.shape
     if family.labels is None:
         size = inputs // family.domains
@@ -219,11 +282,12 @@ def _errors(family: Samples, drawn: Tensor, seed: int) -> Tensor:
         pick = order[place.clamp(max=inputs - 1)]
     counts = torch.zeros(len(drawn), classes * inputs, dtype=torch.float64)
     counts.scatter_add_(1, drawn * inputs + pick, torch.ones(drawn.shape, dtype=torch.float64))
-    counts = counts.view(len(drawn), classes, inputs)
-    return counts.sum(dim=1, keepdim=True) * family.probabilities.T - counts
+    return counts.view(len(drawn), classes, inputs)
 
 
-def readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: int) -> Tensor:
+def readings(
+    bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: int, path: Tensor | None = None
+) -> Tensor:
     """``[J, F]``, what the closed forms take from J gradients.
 
     Args:
@@ -232,12 +296,15 @@ def readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: i
         logits: ``[J, C, C]``, ∂L/∂W Wᵀ.
         shift: ``[C]``, b.
         total: labels in each batch.
+        path: ``[J, S, C]``, probabilities of the mean feature along the client's local steps, where it took several.
     """
     safe = torch.where(bias.abs() < 1e-30, torch.full_like(bias, 1e-30), bias)
     confidences = torch.nan_to_num(logits / safe[..., None] + shift, posinf=1e30, neginf=-1e30).softmax(dim=2)
     solved = solve_counts(confidences, bias, torch.full((len(bias),), total)) / total
     impact = sums.clamp(max=0).sum(dim=1, keepdim=True).clamp(max=-1e-30)
     parts = [bias, sums, solved.clamp(-0.5, 1.5), (sums / impact).clamp(-3, 3), torch.nn.functional.normalize(bias)]
+    if path is not None:
+        parts.append((path - bias[:, None]).flatten(1))
     if len(shift) <= 20:
         parts.append(logits.flatten(1))
     return torch.cat(parts, dim=1)
