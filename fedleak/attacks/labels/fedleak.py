@@ -25,13 +25,14 @@ class Fedleak(LabelInference):
     Needs `batch_size`; uses auxiliary data where they are granted.
 
     - One sample: iDLG's sign rule.
-    - Batches below the number of classes, one local step: `fedleak.attacks.row_space.search`, which finds labels and
+    - Batches below the number of classes and up to `largest`, one local step: `fedleak.attacks.row_space.search`, which finds labels and
       features together and so also works on trained models. It is left out where simulation is already sure of the
       counts, and not believed where its residual stays high (noise, pruning).
     - Larger batches, several local steps: counts by `label_posterior`.
     - Unknown scale (new weights without a learning rate): version 1, which needs none.
 
     Args:
+        largest: batch size up to which to search: one step of it costs B⁶.
         starts: starting batches of the search.
         rounds: rounds of label changes of the search.
         atoms: imagined atoms of the search.
@@ -44,12 +45,14 @@ class Fedleak(LabelInference):
     def __init__(
         self,
         *,
+        largest: int = 12,
         starts: int = 256,
         rounds: int = 6,
         atoms: int = 2000,
         believed: float = 0.05,
         device: str = "cpu",
     ) -> None:
+        self.largest = largest
         self.starts = starts
         self.rounds = rounds
         self.atoms = atoms
@@ -102,7 +105,7 @@ class Fedleak(LabelInference):
         most = layer.classes - (1 if layer.bias else 2)
         gap = (posterior.counts.expected - posterior.counts.counts).abs().amax(dim=1)
         unsure = (0.5 - gap) < 6 * posterior.spread
-        small = (evidence.totals <= min(most, layer.features)) & unsure
+        small = (evidence.totals <= min(most, layer.features, self.largest)) & unsure
         once = torch.tensor([(observation.local_steps or 1) == 1 for observation in evidence.observations])
         believed: dict[int, Found] = {}
         for size in evidence.totals[small & once].unique().tolist():
