@@ -163,16 +163,6 @@ def _last_layer_noise(gradient: Tensor, delta: Tensor) -> Tensor:
     return (gradient - delta * features).square().mean((1, 2)).sqrt()
 
 
-def gradient_noise(observation: Observation) -> dict[str, float]:
-    """The rounding noise of each entry of `Observation.gradient`, as a standard deviation a tensor."""
-    gradients, scale = observation.gradient(), observation.scale or 1.0
-    noise = {name: 2.0**-24 * float(value.double().square().mean().sqrt()) for name, value in gradients.items()}
-    if observation.payload == "weights":
-        for name, value in observation.parameters.items():
-            noise[name] += 2.0**-24 * float(value.double().square().mean().sqrt()) / scale
-    return noise
-
-
 def _prior(below: Sequence[Layer], like: Tensor) -> Estimate:
     """What is known of a layer's input beforehand: the range of the function below, or of an image in [0, 1]."""
     low, high = like.new_zeros(1, like.shape[2], 1), like.new_ones(1, like.shape[2], 1)
@@ -407,7 +397,7 @@ def _peel_all(
         if size is not None and set(names) <= set(observation.update):
             by_size.setdefault(size, []).append(index)
     for size, indices in by_size.items():
-        chunk = max(1, int(free_memory(torch.device(device)) / 2 // _bytes(chain, size)))
+        chunk = max(1, int(_budget(torch.device(device)) // _bytes(chain, size)))
         for first in range(0, len(indices), chunk):
             start = time.perf_counter()
             chosen = indices[first : first + chunk]
@@ -429,11 +419,11 @@ def _batch_size(observation: Observation, guess: LabelGuess | None, chain: Chain
 
 @dataclass
 class _Problem:
-    """What `peel` needs of one observation with S gradients: name -> ``[S, ...]`` or, noise, a number."""
+    """What `peel` needs of one observation with S gradients."""
 
-    parameters: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-    noise: dict[str, float]
+    parameters: dict[str, Tensor]  # name -> [...]
+    gradients: dict[str, Tensor]  # name -> [S, ...]
+    from_weights: float  # the rounding of a parameter, in units of its gradient, where new weights were sent
     labels: Tensor | None  # [S, B]
 
     @property
@@ -447,7 +437,8 @@ def _problem(observation: Observation, guess: LabelGuess | None, names: Sequence
         gradients = {name: value[None] for name, value in gradients.items()}
     labels = None if guess is None or observation.per_sample else guess.best[None]
     parameters = {name: observation.parameters[name].detach() for name in names}
-    return _Problem(parameters, gradients, gradient_noise(observation), labels)
+    from_weights = 1 / (observation.scale or 1.0) if observation.payload == "weights" else 0.0
+    return _Problem(parameters, gradients, from_weights, labels)
 
 
 def _peel_chunk(
@@ -463,7 +454,8 @@ def _peel_chunk(
         name: stack([p.parameters[name].expand(p.count, *p.parameters[name].shape) for p in problems]) for name in names
     }
     gradients = {name: stack([p.gradients[name] for p in problems]) for name in names}
-    noise = {name: stack([torch.full((p.count,), p.noise[name]) for p in problems]) for name in names}
+    from_weights = stack([torch.full((p.count,), p.from_weights) for p in problems])
+    noise = {name: ROUNDING / 2 * (_size(gradients[name]) + from_weights * _size(parameters[name])) for name in names}
     finite = torch.isfinite(_square(gradients) + _square(parameters))
     for tensors in (gradients, parameters, noise):
         for name in names:
@@ -488,9 +480,20 @@ def _peel_chunk(
     ]
 
 
+def _size(values: Tensor) -> Tensor:
+    """Root mean square of each problem, ``[N]``."""
+    return values.flatten(1).square().mean(1).sqrt()
+
+
 def _square(tensors: Mapping[str, Tensor]) -> Tensor:
     """‖·‖² of each problem, ``[N]``."""
     return torch.stack([value.flatten(1).square().sum(1) for value in tensors.values()]).sum(0)
+
+
+def _budget(device: torch.device) -> float:
+    """Bytes to use at once: a CPU gains nothing from more, since one dense factorisation keeps it busy."""
+    half = free_memory(device) / 2
+    return min(half, 1.5e9) if device.type == "cpu" else half
 
 
 def _bytes(chain: Chain, batch: int) -> int:
