@@ -9,6 +9,9 @@ are four sweeps over the layers, written out here as batched matrix products:
 4. backward again: ∂distance/∂activations, down to the images.
 
 The gradient of a fully connected layer, Σ_i δ_i a_iᵀ, is never formed when the observed one has the rank of a batch.
+
+Operands are padded where the choice of a CPU kernel would depend on the alignment or the length of the whole batch, so
+that an evaluation gives a problem the same bits whatever stands beside it.
 """
 
 from __future__ import annotations
@@ -200,14 +203,10 @@ class FullyConnected(Layer):
         self.shape = (module.out_features, module.in_features)
         self.rank: int | None = None
 
-    def use_rank(self, rank: int) -> bool:
-        """Whether forming a gradient costs more than its factors; a caller then checks that `rank` is enough."""
-        return 4 * rank <= min(self.shape)
-
     def weights(self, victims: Sequence[Victim], stack: Callable[[list[Tensor]], Tensor]) -> Rows:
         """Weights ``[P, n_out, n_in]``, their transposes (a row vector times a matrix is what is fast), biases."""
         weight = stack([v.parameters[self.weight] for v in victims])
-        rows = {self.weight: weight, f"{self.weight}:transposed": weight.mT.contiguous()}
+        rows = {self.weight: _padded(weight), f"{self.weight}:transposed": _padded(weight.mT)}
         if self.bias is not None:
             rows[self.bias] = stack([v.parameters[self.bias] for v in victims])
         return rows
@@ -219,7 +218,7 @@ class FullyConnected(Layer):
             rows = {f"target:{self.weight}": target}
         else:
             q, m = factors(target, self.rank)
-            rows = {f"q:{self.weight}": q, f"qt:{self.weight}": q.mT.contiguous(), f"m:{self.weight}": m}
+            rows = {f"q:{self.weight}": _padded(q), f"qt:{self.weight}": q.mT.contiguous(), f"m:{self.weight}": m}
         if self.bias is not None:
             rows[f"target:{self.bias}"] = stack([v.gradient[self.bias] for v in victims])
         return rows
@@ -227,7 +226,7 @@ class FullyConnected(Layer):
     def forward(self, rows: Rows, a: Tensor) -> Tensor:
         """``[P, B, n_out]``."""
         self.a = a
-        z = _times(a, rows[f"{self.weight}:transposed"])
+        z = _times(a, rows[f"{self.weight}:transposed"], self.shape[0])
         return z if self.bias is None else z + rows[self.bias][:, None]
 
     def backward(self, rows: Rows, delta: Tensor, products: Products) -> Tensor | None:
@@ -239,7 +238,7 @@ class FullyConnected(Layer):
             products.add(self.weight, self.gap, target)
         else:
             q, m = rows[f"q:{self.weight}"], rows[f"m:{self.weight}"]
-            self.c = self.a @ q
+            self.c = _times(self.a, q, self.rank)
             self.outside = self.a - self.c @ rows[f"qt:{self.weight}"]
             self.gap = delta.mT @ self.c - m
             self.gram_a = self.outside @ self.outside.mT
@@ -249,7 +248,7 @@ class FullyConnected(Layer):
         if self.bias is not None:
             self.bias_gap = delta.sum(1) - rows[f"target:{self.bias}"]
             products.add(self.bias, self.bias_gap, rows[f"target:{self.bias}"])
-        return None if self.first else _times(delta, rows[self.weight])
+        return None if self.first else _times(delta, rows[self.weight], self.shape[1])
 
     def forward_again(self, rows: Rows, by_delta: Tensor | None, products: Products) -> Tensor | None:
         """``[P, B, n_out]``."""
@@ -261,14 +260,14 @@ class FullyConnected(Layer):
             self.by_d = products.by_d[self.weight][:, None, None]
             result = self.c @ self.pulled.mT + self.by_d * (self.gram_a @ self.delta)
         if by_delta is not None:
-            result = result + _times(by_delta, rows[f"{self.weight}:transposed"])
+            result = result + _times(by_delta, rows[f"{self.weight}:transposed"], self.shape[0])
         if self.bias is not None:
             result = result + products.pull(self.bias, self.bias_gap, rows[f"target:{self.bias}"])[:, None]
         return result
 
     def backward_again(self, rows: Rows, by_output: Tensor, products: Products) -> Tensor:
         """``[P, B, n_in]``."""
-        result = _times(by_output, rows[self.weight])
+        result = _times(by_output, rows[self.weight], self.shape[1])
         if self.rank is None:
             return result + self.delta @ self.pulled
         inside = (self.delta @ self.pulled) @ rows[f"qt:{self.weight}"]
@@ -452,11 +451,8 @@ def chain_distance(
         if layer.parameters:
             break
     for layer in layers:
-        if isinstance(layer, FullyConnected) and layer.use_rank(batch):
-            tolerance = 32 * torch.finfo(torch.float32).eps  # what a gradient computed in float32 is off by
-            targets = (distance._tensor(v.gradient[layer.weight])[None] for v in victims)
-            if all(_has_rank(target, batch, tolerance) for target in targets):
-                layer.rank = batch
+        if isinstance(layer, FullyConnected) and all(has_rank(v.gradient[layer.weight], batch) for v in victims):
+            layer.rank = batch
     distance.layers = layers
     distance.names = [name for name, _ in distance.model.named_parameters()]
     distance.shared_rows = {}
@@ -479,24 +475,43 @@ def factors(target: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return q.to(target.dtype), (wide @ q).to(target.dtype)
 
 
-def _has_rank(target: Tensor, rank: int, tolerance: float) -> bool:
-    q, m = factors(target, rank)
-    return bool((target - m @ q.mT).norm() <= tolerance * target.norm())
+def has_rank(gradient: Tensor, rank: int) -> bool:
+    """Whether `gradient` ``[m, n]`` is worth keeping in `rank` factors: far fewer than m or n, and enough for it."""
+    if 4 * rank > min(gradient.shape):
+        return False
+    q, m = factors(gradient[None], rank)
+    tolerance = 32 * torch.finfo(torch.float32).eps  # what a gradient computed in float32 is off by
+    return bool((gradient - m @ q.mT).norm() <= tolerance * gradient.norm())
 
 
-def _times(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``[P, B, m] @ [P or 1, m, n]``."""
-    if len(matrix) == 1 and len(rows) > 1:
-        return (rows.flatten(0, 1) @ matrix[0]).unflatten(0, rows.shape[:2])
-    return rows @ matrix
+def _padded(matrices: Tensor) -> Tensor:
+    """Zero columns added to ``[P, m, n]`` until rows are whole cache lines: see `_times`."""
+    return F.pad(matrices, (0, -matrices.shape[2] % 16)).contiguous()
+
+
+def _times(rows: Tensor, matrices: Tensor, columns: int) -> Tensor:
+    """``[P, B, m] @ [P or 1, m, n]``, the first `columns` of n."""
+    return (rows @ matrices.expand(len(rows), -1, -1))[..., :columns]
+
+
+def _steady(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """An elementwise function whose vector kernel also does the last few elements, which a scalar one rounds apart."""
+
+    def apply(z: Tensor) -> Tensor:
+        excess = -z.numel() % (64 * torch.get_num_threads())
+        if not excess or z.device.type != "cpu":
+            return function(z)
+        return function(F.pad(z.flatten(), (0, excess)))[: z.numel()].view(z.shape)
+
+    return apply
 
 
 def _sigmoid() -> Elementwise:
-    return Elementwise(torch.sigmoid, lambda z, h: h * (1 - h), lambda z, h, d: d * (1 - 2 * h))
+    return Elementwise(_steady(torch.sigmoid), lambda z, h: h * (1 - h), lambda z, h, d: d * (1 - 2 * h))
 
 
 def _tanh() -> Elementwise:
-    return Elementwise(torch.tanh, lambda z, h: 1 - h * h, lambda z, h, d: -2 * h * d)
+    return Elementwise(_steady(torch.tanh), lambda z, h: 1 - h * h, lambda z, h, d: -2 * h * d)
 
 
 def _relu(inplace: bool = False) -> Elementwise:
@@ -511,7 +526,7 @@ def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Elementw
 
 def _elu(alpha: float = 1.0, inplace: bool = False) -> Elementwise:
     return Elementwise(
-        lambda z: F.elu(z, alpha),
+        _steady(lambda z: F.elu(z, alpha)),
         lambda z, h: torch.where(z > 0, 1.0, h + alpha),
         lambda z, h, d: torch.where(z > 0, 0.0, d),
     )
@@ -519,9 +534,9 @@ def _elu(alpha: float = 1.0, inplace: bool = False) -> Elementwise:
 
 def _softplus(beta: float = 1.0, threshold: float = 20.0) -> Elementwise:
     def slope(z: Tensor, h: Tensor) -> Tensor:
-        return torch.where(beta * z > threshold, 1.0, torch.sigmoid(beta * z))
+        return torch.where(beta * z > threshold, 1.0, _steady(torch.sigmoid)(beta * z))
 
-    return Elementwise(lambda z: F.softplus(z, beta, threshold), slope, lambda z, h, d: beta * d * (1 - d))
+    return Elementwise(_steady(lambda z: F.softplus(z, beta, threshold)), slope, lambda z, h, d: beta * d * (1 - d))
 
 
 def _affine(scale: Tensor | float, shift: Tensor | float) -> Elementwise:

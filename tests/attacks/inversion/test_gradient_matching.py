@@ -88,9 +88,10 @@ def test_recommended_settings_need_fewer_evaluations(victims) -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-def test_a_broken_problem_changes_no_other(victims, poison: float) -> None:
+@pytest.mark.parametrize("general", [False, True])
+def test_a_broken_problem_changes_no_other(victims, poison: float, general: bool) -> None:
     v = victims(4, dtype=torch.float64)
-    config = GradientMatching(max_evaluations=30, restarts=2, dtype="float64")
+    config = GradientMatching(max_evaluations=30, restarts=2, dtype="float64", general=general)
     clean = config.invert(v.observations, v.guesses, v.knowledge)
     update = {name: value.clone() for name, value in v.observations[1].update.items()}
     update["fc.weight"][0, 0] = poison

@@ -153,6 +153,22 @@ def test_factors_are_exact_for_low_rank() -> None:
     torch.testing.assert_close(q.mT @ q, torch.eye(3, dtype=torch.float64).expand(5, 3, 3))
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("classes", [10, 40])
+def test_fast_path_gives_the_same_bits_whatever_stands_beside(own: bool, classes: int) -> None:
+    """In float32, where L-BFGS would make of any difference in rounding another path."""
+    model, shape = lenet_like(classes), (1, 8, 8)
+    victims = victims_of(model, 7, 2, shape, classes, own=own)
+    images, labels = torch.rand(7, 2, *shape), torch.randn(7, 2, classes).softmax(2)
+    fast = chain_distance(model, L2(), victims, shape, 2, shared=not own)
+    assert fast is not None
+    together = fast.evaluate(fast.load(victims), images, labels)
+    for part in (slice(0, 1), slice(2, 5), slice(6, 7)):
+        alone = fast.evaluate(fast.load(victims[part]), images[part].clone(), labels[part].clone())
+        assert torch.equal(alone[0], together[0][part])
+        assert torch.equal(alone[1], together[1][part])
+
+
 class Branch(nn.Module):
     """Not a chain: a residual connection."""
 
