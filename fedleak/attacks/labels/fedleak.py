@@ -25,9 +25,9 @@ class Fedleak(LabelInference):
     Needs `batch_size`; uses auxiliary data where they are granted.
 
     - One sample: iDLG's sign rule.
-    - Batches below the number of classes and up to `largest`, one local step: `fedleak.attacks.row_space.search`, which finds labels and
-      features together and so also works on trained models. It is left out where simulation is already sure of the
-      counts, and not believed where its residual stays high (noise, pruning).
+    - Batches below the number of classes and up to `largest`, one local step: `fedleak.attacks.row_space.search`,
+      which finds labels and features together and so also works on trained models. It is left out where simulation is
+      already sure of the counts, and not believed where its residual stays high (noise, pruning).
     - Larger batches, several local steps: counts by `label_posterior`.
     - Unknown scale (new weights without a learning rate): version 1, which needs none.
 

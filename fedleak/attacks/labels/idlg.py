@@ -34,6 +34,8 @@ def sign_rule(weight: Tensor) -> Tensor:
 class IDLG(LabelInference):
     """The one class with a negative gradient (iDLG, Zhao et al. 2020). Needs one sample an update, and says so."""
 
+    most_samples = 1
+
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
     ) -> list[LabelGuess | None]:

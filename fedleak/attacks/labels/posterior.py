@@ -98,9 +98,9 @@ def label_posterior(
     """
     layer = evidence.layer
     labels = None
-    if knowledge.auxiliary is not None:
+    if knowledge.auxiliary is not None and len(knowledge.auxiliary[1]) >= 2 * layer.classes:
         images, labels = auxiliary_images(knowledge, max(2, min(per_class, 800 // layer.classes)), seed, "fedleak")
-    else:
+    else:  # none, or too few to hold some of them out
         images = domain_images(knowledge, domains, domain_size, seed)
     found = probe(evidence.observations, layer, knowledge, images)
     bias = bias_gradient(evidence, knowledge, seed)

@@ -165,3 +165,27 @@ def test_the_learned_reader_beats_the_control(aux, observe, lenet, knowing):
     assert sum(overlap) / 6 > 0.85
     again = Learned(steps=150).infer(observations, knowledge, seed=1)
     assert all(torch.equal(a.labels, b.labels) for a, b in zip(guesses, again, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 5, 30])
+def test_a_handful_of_auxiliary_images_does(count, observe, lenet, knowing):
+    model = lenet(1)
+    images, labels = prototypes(24, 3)
+    few = prototypes(count, 8)
+    if count == 30:
+        few = few[0], torch.zeros_like(few[1])  # all of one class
+    knowledge = knowing(model, auxiliary=few, threat=ThreatModel(auxiliary_data=True))
+    guess = Fedleak().infer([observe(model, images, labels)], knowledge)[0]
+    assert guess.best.tolist() == labels.sort().values.tolist()
+
+
+def test_batches_up_to_thousands_and_any_number_of_classes(observe, lenet, knowing):
+    for classes, size in ((2, 4096), (30, 64), (210, 8)):
+        model = lenet(1, classes)
+        labels = torch.randint(classes, (size,), generator=torch.Generator().manual_seed(size))
+        images = torch.rand(size, 1, 12, 12, generator=torch.Generator().manual_seed(size))
+        guess = Fedleak(largest=4).infer([observe(model, images, labels)], knowing(model, classes))[0]
+        found = torch.bincount(guess.best, minlength=classes)
+        overlap = torch.minimum(found, torch.bincount(labels, minlength=classes)).sum()
+        assert guess.best.shape == (size,)
+        assert int(overlap) > 0.95 * size
