@@ -92,7 +92,7 @@ def peel(
                 noise = {**noise, layer.weight: std}
                 return search(chain, position, parameters, gradients, noise, Estimate(mean, spread), delta)
         prior = _prior(chain.layers[:position], kernel)
-        outputs = estimate_input(tall, kernel, gradient, std, delta, outputs, prior)
+        outputs = estimate_input(tall, kernel, gradient, std, delta, outputs, prior, with_std=position > 0)
         if position:
             delta = apply_transposed(tall, kernel, delta)
     assert outputs is not None
@@ -119,14 +119,12 @@ def _last_inputs(
     assert last.bias is not None
     weight, gradient = parameters[last.weight].flatten(2), gradients[last.weight].flatten(2)
     bias, bias_gradient = parameters[last.bias], gradients[last.bias]
-    features, _ = batch_features(weight, bias, gradient, bias_gradient, labels)
-    values = torch.linalg.svdvals(torch.cat([gradient, bias_gradient[..., None]], 2))
-    error = ROUNDING * values[:, 0] / values[:, labels.shape[1] - 1]  # relative, of the features
-    logits = features @ weight.mT + bias[:, None]
+    found = batch_features(weight, bias, gradient, bias_gradient, labels)
+    logits = found.features @ weight.mT + bias[:, None]
     residual = (logits.softmax(-1) - F.one_hot(labels, weight.shape[1])) / labels.shape[1]
-    mean = features.mT
-    std = error[:, None, None] * mean.square().mean((1, 2), keepdim=True).sqrt()
-    return Estimate(mean, std.expand_as(mean)), (residual @ weight).mT, error
+    mean = found.features.mT
+    error = found.error.sqrt() + ROUNDING  # what the residuals cannot explain of the gradient
+    return Estimate(mean, found.std[:, None].expand_as(mean)), (residual @ weight).mT, error
 
 
 def last_delta(last: Linear, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:

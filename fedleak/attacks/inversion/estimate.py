@@ -13,7 +13,7 @@ from fedleak.attacks.inversion.chain import Linear
 
 _CERTAIN = 1e40
 """The precision of something known exactly."""
-_REFINEMENTS = 2
+_REFINEMENTS = 1
 _PROBES = 4
 """Random errors put through a solve to find the size of its own, pooled over channels."""
 
@@ -34,6 +34,8 @@ def estimate_input(
     delta: Tensor,
     outputs: Estimate | None,
     prior: Estimate,
+    *,
+    with_std: bool = True,
 ) -> Estimate:
     """The linear minimum-variance estimate of a layer's input from its weight gradient and its output.
 
@@ -45,6 +47,7 @@ def estimate_input(
         delta: ∂L/∂outputs ``[N, O, P]``.
         outputs: outputs less bias ``[N, O, P]``, None if unknown.
         prior: of the input, broadcastable to ``[N, C, H·W]``, the std to ``[N, 1, 1]``.
+        with_std: whether the standard deviation is wanted; zero if not.
 
     Returns:
         the estimate, ``[N, C, H·W]``.
@@ -62,7 +65,7 @@ def estimate_input(
         return Estimate(mean + (wanted @ system) @ covariance, std)
     gap = outputs.mean - apply(layer, kernel, mean)
     factorise = _primal if channels * pixels <= outputs.mean[0].numel() else _dual
-    solve, std = factorise(layer, kernel, gram, outputs.std)
+    solve, std = factorise(layer, kernel, gram, outputs.std, _PROBES if with_std else 0)
     change = solve(wanted @ system, gap)
     for _ in range(_REFINEMENTS):  # the normal equations square the condition number, their residuals do not
         right = (wanted - change @ system.mT) @ system - precision * change
@@ -97,7 +100,7 @@ Solve = Callable[[Tensor, Tensor], Tensor]
 """Input ``[N, C, H·W]`` of what the weight gradient asks, ``[N, C, H·W]``, and the outputs' gap ``[N, O, P]``."""
 
 
-def _primal(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor) -> tuple[Solve, Tensor]:
+def _primal(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor, probes: int) -> tuple[Solve, Tensor]:
     """As many output equations as unknowns, or more: the normal matrix over all channels."""
     taps, channels, pixels = layer.taps.to(kernel.device), layer.shape[0], layer.pixels
     size = channels * (pixels + 1)  # one more unknown a channel, the padding
@@ -117,12 +120,14 @@ def _primal(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor) -> tuple[S
         right = F.pad(right + apply_transposed(layer, kernel, gap * weight), (0, 1))
         return torch.cholesky_solve(right.flatten(1)[..., None], factor)[..., 0].view_as(right)[..., :-1]
 
-    probes = torch.linalg.solve_triangular(factor.mT, _probes(factor.new_empty(size, _PROBES)), upper=True)
-    square = probes.square().mean(-1).view(-1, channels, pixels + 1).mean(1, keepdim=True)[..., :-1]
+    if not probes:
+        return solve, torch.zeros_like(std[:, :1, :1])
+    errors = torch.linalg.solve_triangular(factor.mT, _probes(factor.new_empty(size, probes)), upper=True)
+    square = errors.square().mean(-1).view(-1, channels, pixels + 1).mean(1, keepdim=True)[..., :-1]
     return solve, square.sqrt().expand(-1, channels, -1)
 
 
-def _dual(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor) -> tuple[Solve, Tensor]:
+def _dual(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor, probes: int) -> tuple[Solve, Tensor]:
     """Fewer output equations than unknowns: condition what the weight gradient says on the outputs."""
     taps, channels, pixels = layer.taps.to(kernel.device), layer.shape[0], layer.pixels
     gram_factor = _cholesky(gram)
@@ -141,11 +146,13 @@ def _dual(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor) -> tuple[Sol
 
     # The errors of the result are those of random errors put through the same solve.
     square = torch.zeros_like(covariance[:, :1])
-    units = _probes(covariance.new_empty(_PROBES, channels, pixels))
-    for unit, noise in zip(units, _probes(std.new_empty(_PROBES, *std.shape[1:])), strict=True):
+    units = _probes(covariance.new_empty(probes, channels, pixels))
+    for unit, noise in zip(units, _probes(std.new_empty(probes, *std.shape[1:])), strict=True):
         inputs = torch.linalg.solve_triangular(gram_factor.mT, unit.T.expand(len(gram), -1, -1), upper=True).mT
         square += condition(inputs, noise * std).square().mean(1, keepdim=True)
-    return lambda right, gap: condition(right @ covariance, gap), (square / _PROBES).sqrt().expand(-1, channels, -1)
+    return lambda right, gap: condition(right @ covariance, gap), (square / max(probes, 1)).sqrt().expand(
+        -1, channels, -1
+    )
 
 
 def _probes(like: Tensor) -> Tensor:

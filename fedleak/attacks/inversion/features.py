@@ -34,6 +34,21 @@ class Roots:
     separation: Tensor
 
 
+@dataclass(frozen=True)
+class BatchFeatures:
+    """The features of every sample of N batches.
+
+    Attributes:
+        features: ``[N, B, d]`` float64, in the order of the labels.
+        std: ``[N, B]``, standard deviation of a sample's features that the gradient's noise causes.
+        error: ``[N]``, ‖Σ_i r_i h̃_iᵀ / B − G‖² / ‖G‖²; not small where a label is wrong.
+    """
+
+    features: Tensor
+    std: Tensor
+    error: Tensor
+
+
 def row_space_features(
     weight: Tensor,
     bias: Tensor,
@@ -130,7 +145,7 @@ def _starts(gradients: Tensor, rows: Tensor, starts: int, seed: int) -> Tensor:
 
 def batch_features(
     weight: Tensor, bias: Tensor, weight_gradient: Tensor, bias_gradient: Tensor, labels: Tensor, *, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> BatchFeatures:
     """The features of every sample of batches with known labels.
 
     Samples that share a label are found one after the other: what the found samples contribute to the gradient is taken
@@ -140,10 +155,6 @@ def batch_features(
         weight, bias, weight_gradient, bias_gradient: as for `row_space_features`.
         labels: ``[N, B]`` int64.
         seed: decides the starts.
-
-    Returns:
-        features ``[N, B, d]`` float64, in the order of `labels`, and their relative squared error against the
-        gradient, ``[N]``: ‖Σ_i r_i h̃_iᵀ / B − G‖² / ‖G‖².
     """
     weight, bias, weight_gradient, bias_gradient = (v.double() for v in (weight, bias, weight_gradient, bias_gradient))
     problem = (weight, bias, weight_gradient, bias_gradient)
@@ -152,10 +163,34 @@ def batch_features(
         if len(labels[index].unique()) < labels.shape[1]:
             features[index] = _one_by_one([v[index : index + 1] for v in problem], labels[index], features[index], seed)
     logits = features @ weight.mT + bias[:, None]
-    r = (logits.softmax(-1) - F.one_hot(labels, weight.shape[1])) / labels.shape[1]
+    p = logits.softmax(-1)
+    r = p - F.one_hot(labels, weight.shape[1])
+    extended = F.pad(features, (0, 1), value=1.0)
     wanted = torch.cat([weight_gradient, bias_gradient[..., None]], -1)
-    gap = r.mT @ F.pad(features, (0, 1), value=1.0) - wanted
-    return features, gap.square().sum((1, 2)) / wanted.square().sum((1, 2))
+    gap = r.mT @ extended / labels.shape[1] - wanted
+    std = _feature_std(wanted, torch.cat([weight, bias[..., None]], -1), p, r, extended)
+    return BatchFeatures(features, std, gap.square().sum((1, 2)) / wanted.square().sum((1, 2)))
+
+
+def _feature_std(gradient: Tensor, weight: Tensor, p: Tensor, r: Tensor, features: Tensor) -> Tensor:
+    """What noise in the gradient ``[N, C, d + 1]`` does to features ``[N, B, d + 1]``, ``[N, B]``, to first order.
+
+    The noise is read off the singular values that should be zero. It tilts the k-th singular vectors by noise / S_k,
+    which moves a feature within its own span and, through the equations, along it.
+    """
+    batch = features.shape[1]
+    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
+    left, rows = left[..., :batch], right[:, :batch].mT
+    spare = (gradient.shape[1] - batch) * (gradient.shape[2] - batch)
+    noise = (values[:, batch:].square().sum(1, keepdim=True) / spare).sqrt() / values[:, :batch]  # [N, B]
+    tangent = torch.linalg.svd(rows[:, -1:], full_matrices=True).Vh[:, 1:].mT
+    slopes = (weight @ rows @ tangent)[:, None]
+    jacobian = p[..., None] * (slopes - p[..., None, :] @ slopes)
+    jacobian = jacobian - left[:, None] @ (left.mT[:, None] @ jacobian)  # [N, B, C, B − 1]
+    spread = 1 / torch.linalg.svdvals(jacobian.nan_to_num(0, 0, 0)).square().clamp(min=1e-30)
+    outside = (r @ left).square() @ noise.square()[..., None]  # noise of an equation, [N, B, 1]
+    tilt = (features @ rows).square() @ noise.square()[..., None]
+    return (outside[..., 0] * spread.sum(-1) / features.shape[-1] + tilt[..., 0]).sqrt()
 
 
 def _best(roots: Roots) -> Tensor:

@@ -30,8 +30,9 @@ def batches(count, labels, classes=40, width=60, seed=0):
 )
 def test_every_sample_gets_its_own_features(labels):
     truth, *layer = batches(3, labels)
-    found, error = batch_features(*layer, torch.tensor([labels] * 3))
-    assert error.max() < 1e-8
+    result = batch_features(*layer, torch.tensor([labels] * 3))
+    found = result.features
+    assert result.error.max() < 1e-8
     for batch in range(3):
         distance = torch.cdist(found[batch].float(), truth[batch])
         assert sorted(distance.argmin(1).tolist()) == list(range(len(labels)))
@@ -53,14 +54,26 @@ def test_the_residual_tells_present_labels_from_absent_ones():
 
 def test_a_wrong_label_is_seen_in_the_error():
     _, *layer = batches(2, [2, 11, 17, 30])
-    _, error = batch_features(*layer, torch.tensor([[2, 11, 17, 31]] * 2))
-    assert error.min() > 1e-4
+    assert batch_features(*layer, torch.tensor([[2, 11, 17, 31]] * 2)).error.min() > 1e-4
 
 
 def test_batched_equals_one_at_a_time():
     labels = torch.tensor([[2, 2, 17, 30]] * 3)
     _, *layer = batches(3, labels[0].tolist())
-    together, _ = batch_features(*layer, labels)
+    together = batch_features(*layer, labels).features
     for index in range(3):
-        alone, _ = batch_features(*(v[index : index + 1] for v in layer), labels[:1])
+        alone = batch_features(*(v[index : index + 1] for v in layer), labels[:1]).features
         torch.testing.assert_close(alone[0], together[index], rtol=0, atol=1e-4)
+
+
+def test_the_claimed_error_is_the_real_one():
+    labels = [2, 2, 11, 17, 30]
+    truth, *layer = batches(6, labels, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    for std in (0.0, 1e-6):
+        noisy = [v + std * torch.randn(v.shape, generator=generator) for v in layer[2:]]
+        result = batch_features(*layer[:2], *noisy, torch.tensor([labels] * 6))
+        nearest = torch.cdist(result.features.float(), truth).min(-1).values / truth.shape[-1] ** 0.5
+        ratio = nearest / result.std
+        assert 0.2 < ratio.median() < 5
+        assert ratio.max() < 20
