@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def prepare(config: Mapping[str, Any]) -> tuple[Scenario, Attack | None, Any]:
     device = resolve_device(config["device"])
     attack = build_attack(config)
     if attack is not None:
-        attack.check(ThreatModel(**config["threat"]), config["federation"]["payload"])
+        check_attack(attack, config)
     scenario = build_scenario(config)
     assert scenario.device == device
     return scenario, attack, instantiate(config["engine"], "engine")
@@ -105,7 +106,7 @@ def attack_again(
     attack = build_attack(config)
     if attack is None:
         raise UsageError("attack=none: there is nothing to do; choose an attack, see fedleak list")
-    attack.check(ThreatModel(**config["threat"]), config["federation"]["payload"])
+    check_attack(attack, config)
     attacked = attack_captures(config, run_dir, attack, console)
     folder.mkdir(parents=True, exist_ok=True)
     return judge(config, run_dir, folder, attacked, time.perf_counter() - started, command)
@@ -174,6 +175,13 @@ def build_attack(config: Mapping[str, Any]) -> Attack | None:
     )
 
 
+def check_attack(attack: Attack, config: Mapping[str, Any]) -> None:
+    """Refuse, before any work, an attack that this federation or threat model cannot feed."""
+    federation = config["federation"]
+    samples = federation["batch_size"] * federation["local_steps"]
+    attack.check(ThreatModel(**config["threat"]), federation["payload"], samples)
+
+
 def choose_victims(rows: Sequence[Mapping[str, Any]], every: int | str, clients: int | str) -> list[Mapping[str, Any]]:
     """Rounds 1, 1 + every, …, and of each the first `clients` by number (all of them for ``all``).
 
@@ -210,9 +218,11 @@ def judge(
         if attacked and truth is not None and observation.error is None:
             with one_thread():  # as the clients ran, so that rounding does not look like a disagreement
                 residual = update_residual(attacked.model, observation, truth, config["federation"])
+        pairs_of_images = match(reconstruction, truth)
         row, images = score(
             reconstruction,
             truth,
+            matches=pairs_of_images,
             attack=config["attack"]["name"],
             defense=defense_name(config),
             batch_size=observation.batch_size,
@@ -220,7 +230,7 @@ def judge(
         )
         attack_rows.append(row)
         leakage_rows += images
-        matches += match(reconstruction, truth)
+        matches += pairs_of_images
     attacks = pd.DataFrame(attack_rows, columns=list(ATTACK_COLUMNS))
     leakage = pd.DataFrame(leakage_rows, columns=list(LEAKAGE_COLUMNS))
     rounds = pd.read_csv(run_dir / "rounds.csv") if (run_dir / "rounds.csv").exists() else pd.DataFrame()
@@ -308,7 +318,7 @@ def facts(config: Mapping[str, Any], seconds: float, command: Sequence[str]) -> 
     threat = ThreatModel(**config["threat"])
     device = resolve_device(config["device"])
     return {
-        "command": " ".join(command),
+        "command": shlex.join(command),
         "seconds": round(seconds, 3),
         "seed": config["seed"],
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

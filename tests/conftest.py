@@ -13,7 +13,7 @@ from fedleak.cli import main
 from fedleak.federation.local_update import local_update
 from fedleak.models import LeNet
 
-SMALL = ["federation.clients=2", "federation.rounds=2", "federation.batch_size=1", "attack.restarts=2"]
+SMALL = ["attack=idlg", "federation.clients=2", "federation.rounds=2", "federation.batch_size=1", "attack.restarts=2"]
 
 
 @pytest.fixture(scope="session")

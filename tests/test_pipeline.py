@@ -47,7 +47,7 @@ def test_a_run_directory_holds_what_the_contract_says(small_run):
     assert leakage.recovered.sum() >= 3
     assert attacks.update_residual.max() < 1e-5
     summary = json.loads((small_run / "summary.json").read_text())
-    assert summary["command"].startswith("fedleak run federation.clients=2")
+    assert summary["command"].startswith("fedleak run attack=idlg federation.clients=2")
     assert summary["threat"]["withheld"] == ["auxiliary_data", "labels", "per_sample_gradients"]
     assert len(load_reconstructions(small_run)) == 4
 
@@ -145,7 +145,7 @@ def test_fedavg_of_one_step_and_fedsgd_leak_the_same_labels(tmp_path):
 def test_a_strong_defense_stops_the_images(tmp_path, defense):
     folder = tmp_path / "run"
     common = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=1", "attack.max_evaluations=300"]
-    assert main(["run", *common, "attack.restarts=1", *defense, f"output_dir={folder}"]) == 0
+    assert main(["run", *common, "attack=idlg", "attack.restarts=1", *defense, f"output_dir={folder}"]) == 0
     assert pd.read_csv(folder / "leakage.csv").recovered.sum() == 0
     attacks = pd.read_csv(folder / "attacks.csv")
     assert attacks.defense.str.contains(defense[0].split("=")[1]).all()

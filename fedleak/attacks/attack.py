@@ -73,8 +73,14 @@ class Attack:
         self.name = name
         self.candidates = candidates
 
-    def check(self, threat: ThreatModel, payload: Payload = "gradient") -> None:
-        """Raise `UsageError` if a part of the attack needs what `threat` withholds."""
+    def check(self, threat: ThreatModel, payload: Payload = "gradient", samples: int = 1) -> None:
+        """Raise `UsageError` if the attack needs what `threat` withholds, or cannot take `samples` an update."""
+        most = self.labels.most_samples
+        if most is not None and samples > most:
+            raise UsageError(
+                f"attack={self.name} ({type(self.labels).__name__}) reads {most} sample an update, not {samples}; "
+                "choose federation.batch_size=1 and federation.local_steps=1, or attack=fedleak"
+            )
         for part in (self.labels, self.inversion):
             threat.require(part.needs, f"attack={self.name} ({type(part).__name__})")
         if payload == "weights" and not threat.hyperparameters and self.inversion.needs_scale:

@@ -63,6 +63,8 @@ class LabelInference(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of `ThreatModel` that must be granted."""
+    most_samples: ClassVar[int | None] = None
+    """The most samples an update may hold, None for any number."""
 
     @abstractmethod
     def infer(
