@@ -233,7 +233,7 @@ class Peeling(Inversion):
         Zhu, Blaschko. R-GAP: Recursive gradient attack on privacy. ICLR 2021.
     """
 
-    def __init__(self, fallback: Inversion | None = None, tolerance: float = 1e-6) -> None:
+    def __init__(self, fallback: Inversion | None = None, tolerance: float = 1e-5) -> None:
         self.fallback = fallback
         self.tolerance = tolerance
 
