@@ -113,7 +113,11 @@ def label_posterior(
         features, probabilities = found.features[unit].double(), found.probabilities[unit].double()
         families = [Samples(features, probabilities, labels, 1 if labels is not None else domains)]
         if labels is None:
-            families.append(imagined_features(features, head, shift, min(20 * layer.classes, 400), seed))
+            imagined = imagined_features(features, head, shift, min(20 * layer.classes, 400), seed)
+            mean = features.mean(dim=0)
+            # A fresh head would need features further from those seen than these are from zero: it is not trained.
+            if float((imagined.features - mean).norm(dim=1).median()) < float(mean.norm()):
+                families.append(imagined)
         steps, lr = (observation.local_steps or 1, observation.lr) if observation.lr is not None else (1, 0.0)
         centre, gradient = features.mean(dim=0), evidence.weight[n].double()
         if steps > 1 and lr * float(centre @ centre + 1) > 4:
@@ -313,6 +317,7 @@ def readings(
 def _regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Class shares behind the readings `seen` ``[1, F]``, and their root mean square error, by weighted ridge.
 
+    Either the shares are regressed on the readings, or p̄, from which the identity gives them; whichever errs less.
     Simulated batches weigh by how near the size of their bias gradient is to that seen. The penalty is the one that
     carries over best from batches of one half of the samples to batches of the other: within a half, a trained
     model's few doubtful samples would be learnt by heart.
@@ -323,18 +328,24 @@ def _regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tupl
     width = gap.sort().values[len(gap) // 4].clamp(min=0.1)
     weight = (-0.5 * (gap / width).square()).exp()
     weight = weight / weight.sum()
-    centre, level = weight @ values, weight @ shares
+    centre = weight @ values
     spread = (weight @ (values - centre).square()).sqrt().clamp(min=1e-30)
-    known, asked, target = (values - centre) / spread, (seen - centre) / spread, shares - level
-    known, asked = known.clamp(-5, 5), asked.clamp(-5, 5)
-    errors = torch.zeros(len(_PENALTIES), dtype=torch.float64)
-    for fold in (0, 1):
-        train, test = half == fold, half != fold
-        for k, coefficients in enumerate(_ridge(known[train], target[train], weight[train])):
-            errors[k] += weight[test] @ (target[test] - known[test] @ coefficients).square().mean(dim=1)
-    best = int(errors.argmin())
-    answer = level + (asked @ _ridge(known, target, weight)[best])[0]
-    return answer.clamp(0, 1), errors[best].sqrt()
+    known, asked = ((values - centre) / spread).clamp(-5, 5), ((seen - centre) / spread).clamp(-5, 5)
+    best: tuple[float, Tensor] | None = None
+    for offset, seen_offset in ((values[:, :classes], seen[0, :classes]), (torch.zeros_like(shares), torch.zeros(1))):
+        level = weight @ (shares + offset)  # shares + ∂L/∂b is p̄, whose ridge shrinks to the plain identity
+        target = shares + offset - level
+        errors = torch.zeros(len(_PENALTIES), dtype=torch.float64)
+        for fold in (0, 1):
+            train, test = half == fold, half != fold
+            for k, coefficients in enumerate(_ridge(known[train], target[train], weight[train])):
+                errors[k] += weight[test] @ (target[test] - known[test] @ coefficients).square().mean(dim=1)
+        least = int(errors.argmin())
+        if best is None or float(errors[least]) < best[0]:
+            answer = level + (asked @ _ridge(known, target, weight)[least])[0] - seen_offset
+            best = float(errors[least]), answer.clamp(0, 1)
+    assert best is not None
+    return best[1], torch.tensor(best[0], dtype=torch.float64).sqrt()
 
 
 _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e4)
