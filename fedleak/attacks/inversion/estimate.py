@@ -118,7 +118,7 @@ def _primal(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor, probes: in
 
     def solve(right: Tensor, gap: Tensor) -> Tensor:
         right = F.pad(right + apply_transposed(layer, kernel, gap * weight), (0, 1))
-        return torch.cholesky_solve(right.flatten(1)[..., None], factor)[..., 0].view_as(right)[..., :-1]
+        return _solve(factor, right.flatten(1)).view_as(right)[..., :-1]
 
     if not probes:
         return solve, torch.zeros_like(std[:, :1, :1])
@@ -141,7 +141,7 @@ def _dual(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor, probes: int)
 
     def condition(inputs: Tensor, outputs: Tensor) -> Tensor:
         gap = outputs - apply(layer, kernel, inputs)
-        gain = torch.cholesky_solve(gap.flatten(1)[..., None], factor)[..., 0].view_as(gap)
+        gain = _solve(factor, gap.flatten(1)).view_as(gap)
         return inputs + apply_transposed(layer, kernel, gain) @ covariance
 
     # The errors of the result are those of random errors put through the same solve.
@@ -159,6 +159,12 @@ def _probes(like: Tensor) -> Tensor:
     """Standard normal numbers, the same at every call and on every device."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ of ``[N, n]``; unlike `torch.cholesky_solve` it does not copy the factors."""
+    half = torch.linalg.solve_triangular(factor, right[..., None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
