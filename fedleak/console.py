@@ -49,7 +49,7 @@ class Console:
     def attack(self, name: str, observations: int) -> Iterator[Callable[[AttackProgress], None]]:
         """A bar over an attack's problems; yields the callback for its state."""
         with self._bar("{task.fields[note]}") as bar:
-            task = bar.add_task(f"attack {name}", total=observations, note="")
+            task = bar.add_task(f"attack {name}", total=observations, note="inferring labels")
 
             def on_progress(state: AttackProgress) -> None:
                 objective = "" if math.isnan(state.median_objective) else f" · median {state.median_objective:.1e}"
