@@ -25,13 +25,14 @@ def single_class_batches(found: Probe, labels: Tensor | None) -> tuple[Tensor, T
         ``[U]``, the mean over classes i of g_i given that all labels are i, and ``[U, C]``, for each class j the mean
         of g_j over the batches with another label.
     """
-    mass = found.probabilities.double() * found.sums[..., None]  # [U, M, C]: p_c s of each input
+    sums = found.sums
+    mass = found.probabilities.double() * sums[..., None]  # [U, M, C]: p_c s of each input
     classes = mass.shape[2]
     if labels is None:
-        return (mass.mean(dim=1) - found.sums.mean(dim=1, keepdim=True)).mean(dim=1), mass.mean(dim=1)
+        return (mass.mean(dim=1) - sums.mean(dim=1, keepdim=True)).mean(dim=1), mass.mean(dim=1)
     present = [label for label in range(classes) if bool((labels == label).any())]
     batches = torch.stack([mass[:, labels == label].mean(dim=1) for label in present], dim=1)  # [U, I, C]
-    own = torch.stack([(mass[..., i][:, labels == i] - found.sums[:, labels == i]).mean(dim=1) for i in present], dim=1)
+    own = torch.stack([(mass[..., i][:, labels == i] - sums[:, labels == i]).mean(dim=1) for i in present], dim=1)
     others = torch.tensor([[float(i != j) for j in range(classes)] for i in present], dtype=torch.float64)
     return own.mean(dim=1), (batches * others).sum(dim=1) / others.sum(dim=0).clamp(min=1)
 
