@@ -491,7 +491,7 @@ def _square(tensors: Mapping[str, Tensor]) -> Tensor:
 def _budget(device: torch.device) -> float:
     """Bytes to use at once: a CPU gains nothing from more, since one dense factorisation keeps it busy."""
     half = free_memory(device) / 2
-    return min(half, 1.5e9) if device.type == "cpu" else half
+    return min(half, 2e8) if device.type == "cpu" else half
 
 
 def _bytes(chain: Chain, batch: int) -> int:

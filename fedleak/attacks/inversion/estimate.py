@@ -105,11 +105,19 @@ def _primal(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor, probes: in
     taps, channels, pixels = layer.taps.to(kernel.device), layer.shape[0], layer.pixels
     size = channels * (pixels + 1)  # one more unknown a channel, the padding
     weight = std**-2
-    flat = kernel.flatten(2)
-    blocks = torch.einsum("nopi,noj->npij", weight[..., None] * flat[:, :, None], flat)
-    at = (torch.arange(channels, device=taps.device)[:, None, None] * (pixels + 1) + taps).flatten(0, 1).T  # [P, C·K]
-    index = (at[:, :, None] * size + at[:, None, :]).flatten()
-    normal = kernel.new_zeros(len(kernel), size * size).index_add_(1, index, blocks.flatten(1))
+    taps_count, positions = taps.shape
+    if 2 * weight[0].numel() * size**2 < 150 * positions * (channels * taps_count) ** 2:  # many taps: a dense product
+        rows = kernel.new_zeros(len(kernel), kernel.shape[1], positions, channels, pixels + 1)
+        shape = (*rows.shape[:-1], taps_count)
+        rows.scatter_(-1, taps.T[:, None].expand(shape), kernel[:, :, None].expand(shape))
+        flat = rows.flatten(3).flatten(1, 2)
+        normal = (flat * weight.flatten(1)[..., None]).mT @ flat
+    else:
+        flat = kernel.flatten(2)
+        blocks = torch.einsum("nopi,noj->npij", weight[..., None] * flat[:, :, None], flat)
+        at = (torch.arange(channels, device=taps.device)[:, None, None] * (pixels + 1) + taps).flatten(0, 1).T
+        index = (at[:, :, None] * size + at[:, None, :]).flatten()
+        normal = kernel.new_zeros(len(kernel), size * size).index_add_(1, index, blocks.flatten(1))
     normal = normal.view(-1, channels, pixels + 1, channels, pixels + 1)
     for channel in range(channels):
         normal[:, channel, :pixels, channel, :pixels] += gram
