@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+# Before torch starts its threads: a worker that spins for long while another program holds the core costs tenfold.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 from fedleak import __version__
 from fedleak.errors import FedleakError, UsageError
 

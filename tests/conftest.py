@@ -1,9 +1,12 @@
-"""Shared by all tests: one thread, so that results do not depend on the machine, and small runs of the real thing."""
+"""Shared by all tests: small runs of the real thing."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the command line does, before torch starts its threads
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
 """Images from updates: gradient matching, its objectives, priors and optimisers."""
 
+from fedleak.attacks.inversion.closed_form import Peeling
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.objectives import L2, Cosine, Objective, RelativeL2
 from fedleak.attacks.inversion.optimizers import LBFGS, Adam, Optimizer
@@ -14,6 +15,7 @@ __all__ = [
     "ImageNorm",
     "Objective",
     "Optimizer",
+    "Peeling",
     "Prior",
     "RelativeL2",
     "SmoothTotalVariation",

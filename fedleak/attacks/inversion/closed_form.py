@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Rec
 from fedleak.attacks.inversion.chain import Chain, Layer, Linear, Pointwise
 from fedleak.attacks.inversion.estimate import Estimate, apply_transposed, estimate_input
 from fedleak.attacks.inversion.features import batch_features
-from fedleak.attacks.inversion.gradient_matching import _free_memory as free_memory
+from fedleak.attacks.inversion.gradient_matching import free_memory
 from fedleak.attacks.inversion.search import search
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
@@ -289,6 +289,13 @@ class Peeling(Inversion):
                 f"{first.batch_size}): it needs one local step, known labels, at most half as many samples as "
                 "classes and no branches or pooling; give it a fallback or choose attack.inversion=gradient_matching"
             )
+        peeled_already = len(results)
+
+        def of_all(state: Progress) -> None:
+            if on_progress is not None:
+                done, converged = state.done + peeled_already, state.converged + peeled_already
+                on_progress(replace(state, problems=len(observations), done=done, converged=converged))
+
         if rest and self.fallback is not None:
             self.fallback.invert(
                 [observations[index] for index in rest],
@@ -297,7 +304,7 @@ class Peeling(Inversion):
                 device=device,
                 seed=seed,
                 on_result=keep_better,
-                on_progress=on_progress,
+                on_progress=of_all,
             )
         return [results[index] for index in range(len(observations))]
 

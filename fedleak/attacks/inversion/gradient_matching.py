@@ -467,7 +467,7 @@ class _Solver:
         state = self.config.optimizer.init(torch.zeros(1, unknowns, dtype=self.config.dtype))
         optimizer = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         one = self.distance.bytes_per_problem(self.shape) + 2 * optimizer  # twice: dropping rows copies
-        return max(1, int(_free_memory(self.distance.device) / 2 / one))
+        return max(1, int(free_memory(self.distance.device) / 2 / one))
 
     def _launch(self, starts: list[_Start]) -> dict[str, Rows]:
         """Fresh rows for these starts: the problems' data, the unknowns with their books, the optimiser's state."""
@@ -676,8 +676,8 @@ def _labels_per_sample(gradient: dict[str, Tensor], guess: Tensor, classes: int)
     return [label.reshape(1, 1) for label in labels]
 
 
-def _free_memory(device: torch.device) -> int:
-    """Bytes that may still be allocated."""
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be allocated on `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
