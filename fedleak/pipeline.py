@@ -26,11 +26,12 @@ from fedleak.capture import CaptureStore, Observation
 from fedleak.console import Console
 from fedleak.errors import UsageError
 from fedleak.evaluation.scores import ATTACK_COLUMNS, LEAKAGE_COLUMNS, Match, match, round_table, score, summarise
-from fedleak.federation.client import make_client_app, one_thread
+from fedleak.federation.client import make_client_app
 from fedleak.federation.local_update import local_update
 from fedleak.federation.scenario import Scenario, build_scenario, resolve_device
 from fedleak.federation.server import make_server_app
 from fedleak.instantiate import instantiate
+from fedleak.threads import one_thread
 from fedleak.threat import ThreatModel
 from fedleak.truth import Truth, TruthStore
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fedleak.federation.local_update import local_update
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
 from fedleak.federation.scenario import Scenario, build_scenario
 from fedleak.seeding import generator
+from fedleak.threads import one_thread
 from fedleak.truth import Truth, TruthStore
 
 
@@ -103,14 +103,3 @@ def defend(scenario: Scenario, change: dict[str, Tensor], random: torch.Generato
 
 def _partition(context: Context) -> int:
     return int(context.node_config["partition-id"])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums must not depend on how many threads an engine gives a client."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

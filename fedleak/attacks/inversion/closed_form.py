@@ -28,7 +28,7 @@ from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Rec
 from fedleak.attacks.inversion.chain import Chain, Layer, Linear, Pointwise
 from fedleak.attacks.inversion.estimate import Estimate, apply_transposed, estimate_input
 from fedleak.attacks.inversion.features import batch_features
-from fedleak.attacks.inversion.gradient_matching import free_memory
+from fedleak.attacks.inversion.gradient_matching import GradientMatching, free_memory
 from fedleak.attacks.inversion.search import search
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
@@ -228,14 +228,19 @@ class Peeling(Inversion):
         fallback: inverts the observations that the closed form does not support or whose image fails the check. None
             reports the failed images as ``stalled`` and refuses what is not supported.
         tolerance: an image counts as found if ‖∇W(x) − ∇W‖² ≤ tolerance · ‖∇W‖².
+        batch_tolerance: the same for batches. A batch's gradient may not determine its images; of those that fit, the
+            closed form seeks the most natural, which are nearer to the truth than others that fit a little better.
 
     References:
         Zhu, Blaschko. R-GAP: Recursive gradient attack on privacy. ICLR 2021.
     """
 
-    def __init__(self, fallback: Inversion | None = None, tolerance: float = 1e-5) -> None:
+    def __init__(
+        self, fallback: Inversion | None = None, tolerance: float = 1e-5, batch_tolerance: float = 1e-4
+    ) -> None:
         self.fallback = fallback
         self.tolerance = tolerance
+        self.batch_tolerance = batch_tolerance
 
     def invert(
         self,
@@ -271,7 +276,7 @@ class Peeling(Inversion):
             keep(index, result)
 
         for index, peeled in _peel_all(observations, guesses, knowledge, device):
-            found = peeled.relative <= self.tolerance
+            found = peeled.relative <= (self.tolerance if len(peeled.labels) == 1 else self.batch_tolerance)
             if not found and self.fallback is not None:
                 failed[index] = peeled
                 continue
@@ -296,8 +301,13 @@ class Peeling(Inversion):
                 done, converged = state.done + peeled_already, state.converged + peeled_already
                 on_progress(replace(state, problems=len(observations), done=done, converged=converged))
 
-        if rest and self.fallback is not None:
-            self.fallback.invert(
+        fallback = self.fallback
+        if isinstance(fallback, GradientMatching) and fallback.initial is None:
+            # A peeled image that narrowly fails is near the truth, where a grey one may lead to another solution.
+            fallback = copy.copy(fallback)
+            fallback.initial = lambda *_: [failed[index].images if index in failed else None for index in rest]
+        if rest and fallback is not None:
+            fallback.invert(
                 [observations[index] for index in rest],
                 [guesses[index] for index in rest],
                 knowledge,

@@ -17,6 +17,7 @@ from fedleak.attacks.labels.probe import auxiliary_images, probe
 from fedleak.attacks.labels.version1 import version1
 from fedleak.attacks.row_space import Found, imagined_atoms, project_features, row_space, search
 from fedleak.capture import Observation
+from fedleak.threads import one_thread
 
 
 class Fedleak(LabelInference):
@@ -77,7 +78,9 @@ class Fedleak(LabelInference):
         for start in range(0, len(usable), size):
             chunk = usable[start : start + size]
             evidence = collect([observations[index] for index in chunk], layer)
-            for index, guess in zip(chunk, self._guess(evidence, knowledge, candidates, seed), strict=True):
+            with one_thread():  # the search takes thousands of tiny steps
+                found = self._guess(evidence, knowledge, candidates, seed)
+            for index, guess in zip(chunk, found, strict=True):
                 guesses[index] = guess
         return guesses
 
