@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedleak.attacks.base import Knowledge, LabelInference
 from fedleak.capture import Observation, Payload
 from fedleak.errors import UsageError
+from fedleak.federation.local_update import local_update
 from fedleak.threat import ThreatModel
 
 COLUMNS = (
@@ -70,21 +71,22 @@ def client_update(
     """What the server sees of a client that trains `plan.local_steps` steps of plain SGD on consecutive batches."""
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
-    now = {name: value.clone() for name, value in start.items()}
-    total = {name: torch.zeros_like(value) for name, value in start.items()}
-    for step in range(plan.local_steps):
-        part = slice(step * batch_size, (step + 1) * batch_size)
-        live = {name: value.requires_grad_() for name, value in now.items()}
-        logits = torch.func.functional_call(model, {**live, **{k: v.clone() for k, v in buffers.items()}}, images[part])
-        gradients = torch.autograd.grad(nn.functional.cross_entropy(logits, labels[part]), list(live.values()))
-        for name, gradient in zip(live, gradients, strict=True):
-            total[name] += gradient
-            now[name] = (live[name] - plan.lr * gradient).detach()
+    result = local_update(
+        model,
+        start,
+        buffers,
+        images,
+        labels,
+        local_steps=plan.local_steps,
+        lr=plan.lr,
+        payload=plan.payload,
+        training_mode=model.training,
+    )
     return Observation(
         round=run + 1,
         client=0,
         parameters=start,
-        update=total if plan.payload == "gradient" else now,
+        update=result.update,
         payload=plan.payload,
         batch_size=batch_size,
         lr=plan.lr,
@@ -222,7 +224,7 @@ def _score(
 
 
 def _single(method: LabelInference) -> bool:
-    return type(method).__name__ == "IDLG"
+    return method.most_samples == 1
 
 
 def _accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
