@@ -36,6 +36,7 @@ Overrides are Hydra's: group=choice picks a part, key=value sets one value.
   fedleak run attack=dlg defense=gaussian defense.std=0.01  another attack against a noisy update
   fedleak run federation=fedavg federation.local_steps=5    clients send weights after five steps
   fedleak run data=mnist data.root=DIR data.download=true   MNIST
+  fedleak run experiment=idlg_table1 quick=true             a published table, in small; fedleak list names all studies
   fedleak run --multirun defense.ratio=0.1,0.5,0.9 defense=pruning
   fedleak attack run_dir=outputs/… attack=dlg attack.restarts=4
 
@@ -81,10 +82,15 @@ def run(arguments: list[str]) -> int:
     """``fedleak run``: check everything, then let Hydra run the job or the sweep."""
     from fedleak.config import check
     from fedleak.pipeline import prepare
+    from fedleak.studies.base import Job, build_study
 
-    def refuse(config: dict[str, Any]) -> None:
+    def refuse(config: dict[str, Any], overrides: Sequence[str]) -> None:
         check(config)
-        prepare(config)
+        study = build_study(config, overrides)
+        if study is None:
+            prepare(config)
+        else:
+            study.check(Job(config, overrides))
 
     return _through_hydra("config", arguments, refuse, _run_job)
 
@@ -95,19 +101,27 @@ def _run_job(config: DictConfig) -> None:
     from fedleak import pipeline
     from fedleak.config import plain
     from fedleak.console import Console
+    from fedleak.studies.base import Job, build_study, run_study
 
     hydra = HydraConfig.get()
     console = Console()
-    command = ["fedleak", "run", *hydra.overrides.task]
-    outcome = pipeline.run(plain(config), Path(hydra.runtime.output_dir), console, command)
-    _show(console, outcome)
+    values, overrides, folder = plain(config), list(hydra.overrides.task), Path(hydra.runtime.output_dir)
+    command = ["fedleak", "run", *overrides]
+    study = build_study(values, overrides)
+    if study is None:
+        _show(console, pipeline.run(values, folder, console, command))
+    else:
+        # Hydra keeps its own overrides apart; the federations of a study need the folders of --config-dir too.
+        searched = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
+        console.table(run_study(study, Job(values, [*searched, *overrides], folder, console), command))
+        console.say(f"results in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}")
 
 
 def labels(arguments: list[str]) -> int:
     """``fedleak labels``: the study of label inference methods."""
     from fedleak.studies import labels as study
 
-    return _through_hydra("labels", arguments, study.check, _labels_job)
+    return _through_hydra("labels", arguments, lambda config, overrides: study.check(config), _labels_job)
 
 
 def _labels_job(config: DictConfig) -> None:
@@ -120,9 +134,7 @@ def _labels_job(config: DictConfig) -> None:
     console = Console()
     values = plain(config)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    plan, sides = values["labels"], len(study.partitions(values))
-    cells = len(plan["methods"]) * len(plan["batch_sizes"]) * len(plan["stages"]) * sides
-    with console.cells("label inference", cells) as on_cell:
+    with console.cells("label inference", study.cells(values)) as on_cell:
         summary = study.run(values, folder, on_cell)
     console.table(study.pivot(summary))
     console.say(f"results in {folder}: labels.csv, summary.csv and pictures")
@@ -262,7 +274,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _through_hydra(
     root: str,
     arguments: Sequence[str],
-    refuse: Callable[[dict[str, Any]], object],
+    refuse: Callable[[dict[str, Any], Sequence[str]], object],
     job: Callable[[DictConfig], None],
 ) -> int:
     """Check every job, then run them under Hydra, which makes the folders, writes ``.hydra/`` and sweeps.
@@ -270,7 +282,7 @@ def _through_hydra(
     Args:
         root: the root file of the configuration.
         arguments: Hydra flags and overrides.
-        refuse: raises `UsageError` for a config that cannot work; called for all jobs before any runs.
+        refuse: (config, overrides) raises `UsageError` for what cannot work; called for all jobs before any runs.
         job: does the work of one config.
     """
     import hydra
@@ -283,7 +295,7 @@ def _through_hydra(
         if any(override.startswith("output_dir=") for override in overrides):
             _refuse_overwriting(Path(config["output_dir"]))
         if not any(flag.startswith(("--cfg", "-c", "--info")) for flag in flags):
-            refuse(config)
+            refuse(config, one)
 
     failures: list[BaseException] = []
 
@@ -305,7 +317,7 @@ def _through_hydra(
 
 
 def _refuse_overwriting(folder: Path) -> None:
-    for name in ("rounds.csv", "attacks.csv", "labels.csv", "captures", "multirun.yaml"):
+    for name in ("rounds.csv", "attacks.csv", "labels.csv", "results.csv", "captures", "multirun.yaml"):
         if (folder / name).exists():
             raise UsageError(f"output_dir={folder}: holds the results of an earlier run; name another, or remove it")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -43,6 +44,8 @@ def compose_config(overrides: Sequence[str], root: str = "config") -> DictConfig
 
 
 def _compose(overrides: Sequence[str], root: str) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():  # inside a job, with its search path
+        return compose(root, overrides=list(overrides))
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return compose(root, overrides=list(overrides))
 
@@ -117,6 +120,7 @@ def _one_of(*values: str) -> Rule:
 YES_NO = Rule(lambda v: isinstance(v, bool), "true or false")
 RULES: Mapping[str, Rule] = {
     "seed": whole(0),
+    "quick": YES_NO,
     "device": _one_of("auto", "cpu", "cuda"),
     "output_dir": Rule(lambda v: isinstance(v, str) and v != "", "a folder"),
     "federation.clients": whole(1),

@@ -322,7 +322,7 @@ def facts(config: Mapping[str, Any], seconds: float, command: Sequence[str]) -> 
         "command": shlex.join(command),
         "seconds": round(seconds, 3),
         "seed": config["seed"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": device_name(device),
         "attack": config["attack"]["name"],
         "defense": defense_name(config),
         "data": str(config["data"].get("_target_", "")).rsplit(".", 1)[-1],
@@ -330,8 +330,19 @@ def facts(config: Mapping[str, Any], seconds: float, command: Sequence[str]) -> 
         "model": str(config["model"].get("_target_", "")).rsplit(".", 1)[-1],
         "federation": dict(config["federation"]),
         "threat": {"kind": "honest-but-curious", "granted": threat.granted, "withheld": threat.withheld},
-        "versions": {"fedleak": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "torchvision", "flwr", "numpy")},
+        "versions": versions(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or ``cpu``."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def versions() -> dict[str, str]:
+    """What was used, name -> version."""
+    return {"fedleak": __version__, "python": platform.python_version()} | {
+        name: _version(name) for name in ("torch", "torchvision", "flwr", "numpy")
     }
 
 

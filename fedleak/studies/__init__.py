@@ -1,1 +1,18 @@
-"""Studies that need no federation, behind commands of their own."""
+"""Studies over many fresh networks or federations: ``fedleak run experiment=NAME`` and ``fedleak labels``."""
+
+from fedleak.studies.base import Job, Results, Study, build_study, run_study
+from fedleak.studies.federations import Cells, cell_config, check_cells, run_cells
+from fedleak.studies.labels import LabelInferenceStudy
+
+__all__ = [
+    "Cells",
+    "Job",
+    "LabelInferenceStudy",
+    "Results",
+    "Study",
+    "build_study",
+    "cell_config",
+    "check_cells",
+    "run_cells",
+    "run_study",
+]

@@ -1,8 +1,11 @@
-"""``fedleak labels``: which method reads the labels off an update best, by batch size, skew and stage of training."""
+"""Which method reads the labels off an update best, by batch size, skew and stage of training.
+
+``fedleak labels`` starts it with settings of its own, ``fedleak run experiment=label_inference`` as one of the studies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +20,14 @@ from fedleak.attacks.labels.last_layer import find_last_layer
 from fedleak.config import Rule, check_rules, conf_dir, is_number, whole
 from fedleak.data import to_float
 from fedleak.errors import UsageError
+from fedleak.evaluation.intervals import normal, wilson
 from fedleak.evaluation.label_study import ClientPlan, Partition, client_update, draw_batch, label_study
 from fedleak.federation.scenario import load_data
 from fedleak.instantiate import instantiate
 from fedleak.models import build_model
 from fedleak.pipeline import write_csv
 from fedleak.seeding import derive_seed, generator
+from fedleak.studies.base import Job, Study
 
 CONTROL = "random"
 OURS = "fedleak"
@@ -35,7 +40,7 @@ def _list_of(least: int) -> Rule:
     )
 
 
-RULES = {
+PLAN = {
     "labels.methods": Rule(
         lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(x, str) for x in v),
         "a list of choices of attack/labels",
@@ -43,6 +48,9 @@ RULES = {
     "labels.batch_sizes": _list_of(1),
     "labels.stages": _list_of(0),
     "labels.runs": whole(1),
+}
+RULES = {
+    **PLAN,
     "federation.payload": Rule(lambda v: v in ("gradient", "weights"), "gradient or weights"),
     "federation.local_steps": whole(1),
     "federation.lr": Rule(lambda v: is_number(v) and v > 0, "a number above 0"),
@@ -50,11 +58,47 @@ RULES = {
 }
 
 
+class LabelInferenceStudy(Study):
+    """The study of this module with batches drawn both iid and biased.
+
+    What victims do with their batches is the configuration's `federation`.
+
+    Args:
+        methods: choices of ``attack/labels``.
+        batch_sizes: samples per local step.
+        stages: training steps before the attack.
+        runs: networks.
+    """
+
+    def __init__(self, methods: Sequence[str], batch_sizes: Sequence[int], stages: Sequence[int], runs: int) -> None:
+        self.settings = {"methods": methods, "batch_sizes": batch_sizes, "stages": stages, "runs": runs}
+        check_rules({"study": self.settings}, {key.replace("labels.", "study."): rule for key, rule in PLAN.items()})
+        for name in methods:
+            _method(name, "study.methods")
+
+    def check(self, job: Job) -> None:
+        """The data are there."""
+        load_data(job.config["data"])
+
+    def run(self, job: Job) -> pd.DataFrame:
+        """Write ``labels.csv``, ``summary.csv`` and the pictures; returns the mean label accuracies."""
+        federation = {key: job.config["federation"][key] for key in ("payload", "local_steps", "lr")}
+        config = {**job.config, "labels": self.settings, "federation": federation, "partition": None}
+        with job.console.cells("label inference", cells(config)) as on_cell:
+            return pivot(run(config, job.folder, on_cell))
+
+
+def cells(config: Mapping[str, Any]) -> int:
+    """How many cells `run` will report, at most."""
+    plan = config["labels"]
+    return len(plan["methods"]) * len(plan["batch_sizes"]) * len(plan["stages"]) * len(partitions(config))
+
+
 def check(config: Mapping[str, Any]) -> dict[str, LabelInference]:
     """Check every value and build the methods; raises `UsageError` naming key, value and mend."""
     check_rules(config, RULES)
     partitions(config)
-    return {name: _method(name) for name in config["labels"]["methods"]}
+    return {name: _method(name, "labels.methods") for name in config["labels"]["methods"]}
 
 
 def partitions(config: Mapping[str, Any]) -> list[Partition]:
@@ -68,13 +112,13 @@ def partitions(config: Mapping[str, Any]) -> list[Partition]:
     return [name]  # type: ignore[list-item]
 
 
-def _method(name: str) -> LabelInference:
+def _method(name: str, key: str) -> LabelInference:
     folder = conf_dir() / "attack" / "labels"
     path = folder / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-        raise UsageError(f"labels.methods={name}: no such method; choices: {known}")
-    return instantiate(OmegaConf.to_container(OmegaConf.load(path)), f"labels.methods.{name}")
+        raise UsageError(f"{key}={name}: no such method; choices: {known}")
+    return instantiate(OmegaConf.to_container(OmegaConf.load(path)), f"{key}.{name}")
 
 
 def run(config: Mapping[str, Any], folder: Path, on_cell: Any = None) -> pd.DataFrame:
@@ -131,24 +175,16 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     keys = ["method", "data", "partition", "stage", "batch_size"]
     for key, group in frame.groupby(keys, sort=False):
         runs, mean = len(group), group.label_accuracy.mean()
-        half = 1.96 * group.label_accuracy.std(ddof=1) / np.sqrt(runs) if runs > 1 else np.nan
+        low, high = normal(group.label_accuracy)
         exact = group.labels_exact.mean()
-        low, high = wilson(exact, runs)
+        exact_low, exact_high = wilson(exact, runs)
         rows.append(
             dict(zip(keys, key, strict=True))
-            | {"runs": runs, "label_accuracy": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half)}
-            | {"labels_exact": exact, "exact_low": low, "exact_high": high}
+            | {"runs": runs, "label_accuracy": mean, "low": max(0.0, low), "high": min(1.0, high)}
+            | {"labels_exact": exact, "exact_low": exact_low, "exact_high": exact_high}
             | {"counts_exact": group.counts_exact.mean(), "seconds": group.seconds.mean()}
         )
     return pd.DataFrame(rows).round(6)
-
-
-def wilson(share: float, runs: int) -> tuple[float, float]:
-    """The 95% Wilson interval of a share."""
-    z2 = 1.96**2
-    centre = (share + z2 / (2 * runs)) / (1 + z2 / runs)
-    half = 1.96 / (1 + z2 / runs) * np.sqrt(share * (1 - share) / runs + z2 / (4 * runs**2))
-    return float(centre - half), float(centre + half)
 
 
 def _lines(summary: pd.DataFrame, x: str, y: str, title: str, path: Path) -> None:

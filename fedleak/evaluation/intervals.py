@@ -1,0 +1,26 @@
+"""95% intervals of what was measured on a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+Z = 1.96
+
+
+def wilson(share: float, runs: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share of `runs` trials."""
+    z2 = Z**2
+    centre = (share + z2 / (2 * runs)) / (1 + z2 / runs)
+    half = Z / (1 + z2 / runs) * np.sqrt(share * (1 - share) / runs + z2 / (4 * runs**2))
+    return float(centre - half), float(centre + half)
+
+
+def normal(values: Iterable[float]) -> tuple[float, float]:
+    """The 95% normal interval of a mean, mean ± 1.96 standard errors; NaN for fewer than two values."""
+    numbers = np.asarray(list(values), dtype=float)
+    if len(numbers) < 2:
+        return float("nan"), float("nan")
+    mean, half = numbers.mean(), Z * numbers.std(ddof=1) / np.sqrt(len(numbers))
+    return float(mean - half), float(mean + half)
