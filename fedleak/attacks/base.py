@@ -97,6 +97,8 @@ class Reconstruction:
         stop_reason: ``converged``, ``stalled``, ``diverged``, ``budget``, ``labels_only``, or an error.
         restarts: how many starts were used.
         trace: rows (evaluations, objective) where a trace was kept.
+        snapshots: rows (evaluations, images ``[B, C, H, W]`` float16 in [0, 1]) where a trace was kept: the best images
+            so far along the returned start, first those it began with, last the returned ones.
         details: anything else worth storing, plain numbers and strings.
     """
 
@@ -110,6 +112,7 @@ class Reconstruction:
     stop_reason: str
     restarts: int = 1
     trace: list[tuple[int, float]] = field(default_factory=list)
+    snapshots: list[tuple[int, Tensor]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
 

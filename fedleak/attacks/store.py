@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from fedleak import tensorfile
 from fedleak.attacks.base import Reconstruction
 
@@ -30,9 +32,13 @@ class ReconstructionStore:
             "stop_reason": r.stop_reason,
             "restarts": r.restarts,
             "trace": r.trace,
+            "snapshots": [evaluations for evaluations, _ in r.snapshots],
             "details": r.details,
         }
-        tensorfile.save(self._path(r.round, r.client), {"images": r.images, "labels": r.labels}, header)
+        tensors = {"images": r.images, "labels": r.labels}
+        if r.snapshots:
+            tensors["snapshots"] = torch.stack([images for _, images in r.snapshots])
+        tensorfile.save(self._path(r.round, r.client), tensors, header)
 
     def load(self, round: int, client: int) -> Reconstruction | None:
         """One reconstruction, or None if it is not finished; raises `UsageError` if its file is damaged."""
@@ -46,6 +52,8 @@ class ReconstructionStore:
     def _read(path: Path) -> Reconstruction:
         tensors, header = tensorfile.load(path)
         header["trace"] = [(int(evaluations), float(objective)) for evaluations, objective in header["trace"]]
+        # Files from before snapshots were kept have none.
+        header["snapshots"] = list(zip(header.get("snapshots", []), tensors.pop("snapshots", []), strict=True))
         return Reconstruction(images=tensors["images"], labels=tensors["labels"], **header)
 
 

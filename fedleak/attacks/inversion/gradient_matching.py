@@ -28,6 +28,7 @@ Initial = Callable[
 """Images ``[B, C, H, W]`` to start from, or None, for each observation: see `GradientMatching`."""
 
 REASONS = ("running", "converged", "diverged", "stalled", "budget")
+MOST_SNAPSHOTS = 8
 
 
 class GradientMatching(Inversion):
@@ -70,7 +71,9 @@ class GradientMatching(Inversion):
         dtype: ``float32`` or ``float64``.
         chunk_size: problems solved at once, at most; None takes what half of the free memory holds. Running out of
             memory halves it and goes on.
-        trace_every: keep (evaluations, objective) of the returned start every so many evaluations; 0 keeps none.
+        trace_every: keep (evaluations, objective) of the returned start every so many evaluations, and at most
+            `MOST_SNAPSHOTS` of its images: those it began with, after every doubling of the evaluations (the last
+            ones), and the returned ones; 0 keeps none.
         candidates: label multisets of a guess to try, most likely first; the lowest objective wins.
         smoothness: 0 seeks pixels, as the papers do; more seeks amplitudes of cosines, see `Basis`.
         project: keep the images in [0, 1] after every step (for Adam).
@@ -279,6 +282,7 @@ class _Case:
     starts: int = 0
     finished: bool = False
     trace: list[tuple[int, float]] = field(default_factory=list)
+    snapshots: list[tuple[int, Tensor]] = field(default_factory=list)
     details: dict[str, int] = field(default_factory=dict)
 
     def attempt(self) -> tuple[int, int]:
@@ -341,6 +345,7 @@ class _Results:
             worst.stop_reason,
             max(c.starts for c in cases),
             cases[0].trace if len(cases) == 1 else [],
+            _side_by_side([c.snapshots for c in cases]),
             details,
         )
 
@@ -361,6 +366,7 @@ class _Results:
         stop_reason: str,
         restarts: int,
         trace: list[tuple[int, float]] | None = None,
+        snapshots: list[tuple[int, Tensor]] | None = None,
         details: dict[str, int] | None = None,
     ) -> None:
         observation = self.observations[index]
@@ -375,6 +381,7 @@ class _Results:
             stop_reason=stop_reason,
             restarts=restarts,
             trace=trace or [],
+            snapshots=snapshots or [],
             details=dict(details or {}),
         )
         if self.on_result is not None:
@@ -419,6 +426,13 @@ class _Start:
     launched: int = 0  # iteration of the pool
     clock: float = 0.0  # the pool's clock then, see _Solver._run
     trace: list[tuple[int, float]] = field(default_factory=list)
+    snapshots: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    def again(self) -> _Start:
+        """This start as it was before its stage."""
+        kept = [row for row in self.trace if row[0] <= self.before]
+        seen = [row for row in self.snapshots if row[0] <= self.before]
+        return replace(self, launched=0, clock=0.0, trace=kept, snapshots=seen)
 
 
 class _Solver:
@@ -453,7 +467,7 @@ class _Solver:
                     raise
                 chunk = size // 2
                 # Starts are deterministic: those that were interrupted begin again and end the same.
-                queue.extendleft(reversed([start for start in self.running if start is not None]))
+                queue.extendleft(reversed([start.again() for start in self.running if start is not None]))
             self.running = []
 
     def _next(self, case: _Case) -> _Start:
@@ -518,7 +532,7 @@ class _Solver:
             self.results.evaluations += live
             codes = self._judge(own, images, value, gradient)
             if config.trace_every:
-                self._trace(value, iteration)
+                self._follow(own, value, iteration)
             self.results.progress(lambda best=own["best"]: best.tolist())  # type: ignore[misc]
             ended = [slot for slot, code in enumerate(codes) if code and self.running[slot] is not None]
             if ended:
@@ -599,16 +613,21 @@ class _Solver:
         code = torch.where(best <= config.tolerance, 1, code)
         return code.tolist()
 
-    def _trace(self, value: Tensor, iteration: int) -> None:
-        due = [
-            (slot, start)
-            for slot, start in enumerate(self.running)
-            if start is not None and (iteration - start.launched) % self.config.trace_every == 0
-        ]
+    def _follow(self, own: Rows, value: Tensor, iteration: int) -> None:
+        """Keep the objective every `trace_every` evaluations, and the best images so far at every doubling of them."""
+        running = [(slot, start) for slot, start in enumerate(self.running) if start is not None]
+        due = [(slot, s) for slot, s in running if (iteration - s.launched) % self.config.trace_every == 0]
         if due:
             values = value.tolist()
             for slot, start in due:
                 start.trace.append((start.before + iteration - start.launched, values[slot]))
+        due = [(slot, s) for slot, s in running if (s.before + iteration - s.launched).bit_count() == 1]
+        if due:
+            index = torch.tensor([slot for slot, _ in due], device=self.distance.device)
+            images = self._images(own["best_x"][index]).clamp(0, 1).half().cpu()
+            for (_, start), image in zip(due, images, strict=True):
+                start.snapshots.append((start.before + iteration - start.launched, image.clone()))
+                _forget(start.snapshots)
 
     def _record(
         self, own: Rows, ended: list[int], codes: list[int], iteration: int, clock: float, queue: deque[_Start]
@@ -631,6 +650,11 @@ class _Solver:
             if value < case.best:
                 case.best, case.stop_reason, case.trace = value, reason, start.trace
                 case.images = images
+                if self.config.trace_every:
+                    spent = start.before + iteration - start.launched
+                    case.snapshots = [row for row in start.snapshots if row[0] < spent]
+                    case.snapshots.append((spent, images.half()))
+                    _forget(case.snapshots)
                 case.details = {"start": start.restart, "candidate": start.candidate}
                 if case.labels is None:
                     case.best_labels = logit.unflatten(0, (self.shape[0], -1)).argmax(1)
@@ -640,6 +664,24 @@ class _Solver:
                 self.results.finish(case)
             else:
                 queue.append(self._next(case))
+
+
+def _forget(snapshots: list[tuple[int, Tensor]]) -> None:
+    """Keep the first and the last of too many snapshots: the early ones look much like the first."""
+    del snapshots[1 : max(1, len(snapshots) - MOST_SNAPSHOTS + 1)]
+
+
+def _side_by_side(samples: Sequence[Sequence[tuple[int, Tensor]]]) -> list[tuple[int, Tensor]]:
+    """Snapshots of the samples of one observation: of each sample the latest there is at every count of evaluations."""
+    if not all(samples):
+        return []
+    counts = sorted({count for rows in samples for count, _ in rows})
+    together = [
+        (count, torch.cat([next(image for at, image in reversed(rows) if at <= count) for rows in samples]))
+        for count in counts
+    ]
+    _forget(together)
+    return together
 
 
 def _groups(cases: list[_Case]) -> list[list[_Case]]:

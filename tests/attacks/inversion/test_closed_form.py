@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Reconstruction
 from fedleak.attacks.inversion.chain import Chain
 from fedleak.attacks.inversion.closed_form import Peeling, closed_form, last_delta
+from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.models.lenet import LeNet
@@ -240,6 +241,23 @@ def test_what_is_not_solved_goes_to_the_fallback():
     assert [r.stop_reason for r in results] == ["converged", "budget", results[2].stop_reason, "converged"]
     assert results[2].stop_reason in ("budget", "stalled")
     assert [seen[index].client for index in range(4)] == [0, 9, 1, 2]
+
+
+def test_snapshots_lead_to_the_returned_images_or_there_are_none():
+    observations, images, knowledge = victims((1, 16, 16), 10, range(2))
+    generator = torch.Generator().manual_seed(0)
+    noisy = {n: g + 1e-3 * torch.randn(g.shape, generator=generator) for n, g in observations[1].update.items()}
+    fallback = GradientMatching(trace_every=1, max_evaluations=5, restarts=1)
+    found, matched, closer = Peeling(fallback).invert(
+        [observations[0], six(images), replace(observations[1], update=noisy)],
+        [guess(0), guess(*range(6)), guess(1)],
+        knowledge,
+    )
+    assert (found.details["method"], found.snapshots) == ("closed_form", [])
+    assert [count for count, _ in matched.snapshots] == [1, 2, 4, 5]
+    assert torch.equal(matched.snapshots[-1][1], matched.images.half())
+    assert closer.details.get("method") != "closed_form"  # matching went on from the peeled image, and came closer
+    assert torch.equal(closer.snapshots[-1][1], closer.images.half())
 
 
 def test_the_closer_image_is_kept_where_neither_converges():

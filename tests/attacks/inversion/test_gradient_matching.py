@@ -22,6 +22,7 @@ from fedleak.attacks.inversion import (
     TotalVariation,
 )
 from fedleak.attacks.inversion.fast import ChainDistance
+from fedleak.attacks.inversion.gradient_matching import MOST_SNAPSHOTS
 from fedleak.errors import UsageError
 
 
@@ -310,6 +311,72 @@ def test_trace_and_best_iterate(victims) -> None:
         assert [step for step, _ in r.trace] == list(range(10, r.evaluations + 1, 10))
         assert r.objective <= min(value for _, value in r.trace)
         assert r.trace[-1][1] < r.trace[0][1]
+
+
+def test_snapshots_lead_from_the_start_to_the_returned_images_and_change_nothing(victims) -> None:
+    v = victims(3, batch=2)
+    settings: dict[str, Any] = {"max_evaluations": 700, "tolerance": 1e-5, "restarts": 2}
+    config = GradientMatching(trace_every=10, **settings)
+    results = config.invert(v.observations, v.guesses, v.knowledge)
+    plain = GradientMatching(**settings).invert(v.observations, v.guesses, v.knowledge)
+    for r, p, o in zip(results, plain, v.observations, strict=True):
+        assert torch.equal(r.images, p.images)
+        assert (r.objective, r.evaluations, r.stop_reason) == (p.objective, p.evaluations, p.stop_reason)
+        assert p.snapshots == []
+        counts = [count for count, _ in r.snapshots]
+        assert len(counts) <= MOST_SNAPSHOTS
+        assert all(b == 2 * a for a, b in pairwise(counts[1:-1]))
+        assert counts[-1] == r.evaluations if r.restarts == 1 else counts[-1] < r.evaluations
+        case = config._cases(0, o, v.guesses[0], v.knowledge, None)[0]
+        start = config.first_point(case, r.details["start"], v.knowledge, 0)[0]
+        assert counts[0] == 1
+        torch.testing.assert_close(r.snapshots[0][1], start.clamp(0, 1).half(), rtol=0, atol=1e-3)
+        assert torch.equal(r.snapshots[-1][1], r.images.half())
+    first, last = (dataclasses.replace(results[0], images=results[0].snapshots[i][1].float()) for i in (0, -1))
+    assert errors([last], v.images[:1]).max() < 0.1 * errors([first], v.images[:1]).min()
+
+
+def test_many_evaluations_leave_few_snapshots(victims) -> None:
+    v = victims(1)
+    config = GradientMatching(trace_every=1, restarts=1, max_evaluations=600, tolerance=0.0, patience=10**9)
+    (result,) = config.invert(v.observations, v.guesses, v.knowledge)
+    assert [count for count, _ in result.snapshots] == [1, 16, 32, 64, 128, 256, 512, 600]
+
+
+def test_snapshots_of_single_samples_stand_side_by_side(victims) -> None:
+    v = victims(1, batch=2)
+    parts = [
+        victims.observe(v.knowledge.model, x[None], y[None]).update
+        for x, y in zip(v.images[0], v.labels[0], strict=True)
+    ]
+    update = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    observation = dataclasses.replace(v.observations[0], update=update, per_sample=True)
+    (result,) = GradientMatching(restarts=4, trace_every=10).invert([observation], v.guesses, v.knowledge)
+    assert result.stop_reason == "converged"
+    assert all(images.shape == (2, 1, 8, 8) for _, images in result.snapshots)
+    assert torch.equal(result.snapshots[-1][1], result.images.half())
+    assert result.snapshots[0][0] == 1
+
+
+def test_what_memory_interrupted_is_followed_from_its_beginning(victims, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = victims(3, dtype=torch.float64)
+    config = GradientMatching(trace_every=4, **SHORT)
+    wanted = config.invert(v.observations, v.guesses, v.knowledge)
+    evaluate, calls = ChainDistance.evaluate, 0
+
+    def once(self, rows, images, labels, **options):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return evaluate(self, rows, images, labels, **options)
+
+    monkeypatch.setattr(ChainDistance, "evaluate", once)
+    found = config.invert(v.observations, v.guesses, v.knowledge)
+    same(found, wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert [count for count, _ in one.trace] == [count for count, _ in other.trace]
+        assert [count for count, _ in one.snapshots] == [count for count, _ in other.snapshots] == [1, 2, 4, 8, 16, 30]
 
 
 def test_first_images_may_come_from_elsewhere(victims) -> None:
