@@ -41,6 +41,21 @@ LEAKAGE_COLUMNS = ("round", "client", "image", "label_true", "label_inferred", "
 
 
 @dataclass(frozen=True)
+class Frame:
+    """An image on its way from the attack's start to what was rebuilt.
+
+    Attributes:
+        evaluations: of the objective, until then.
+        image: the best so far, ``[C, H, W]`` in [0, 1].
+        mse: between it and the private image, None without truth.
+    """
+
+    evaluations: int
+    image: Tensor
+    mse: float | None = None
+
+
+@dataclass(frozen=True)
 class Match:
     """One private image and what the attacker made of it; None where either is missing.
 
@@ -53,6 +68,7 @@ class Match:
         recovered: whether the MSE is below `RECOVERED_MSE`; False too for a private image that nothing was rebuilt
             of, None without truth.
         true, rebuilt: the images, ``[C, H, W]`` in [0, 1].
+        frames: how `rebuilt` came about, the start first, itself last; empty where no snapshots were kept.
     """
 
     round: int
@@ -66,6 +82,7 @@ class Match:
     recovered: bool | None = None
     true: Tensor | None = None
     rebuilt: Tensor | None = None
+    frames: tuple[Frame, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """This pair as a row of ``leakage.csv``."""
@@ -106,6 +123,7 @@ def match(reconstruction: Reconstruction, truth: Truth | None, *, similarity: bo
                 image=i,
                 label_inferred=inferred[i] if i < len(inferred) else None,
                 rebuilt=rebuilt[i] if i < len(rebuilt) else None,
+                frames=_frames(reconstruction, i) if i < len(rebuilt) else (),
             )
             for i in range(max(len(rebuilt), len(inferred)))
         ]
@@ -137,9 +155,26 @@ def match(reconstruction: Reconstruction, truth: Truth | None, *, similarity: bo
                 recovered=error < RECOVERED_MSE,
                 true=truth.images[i],
                 rebuilt=rebuilt[j],
+                frames=_frames(reconstruction, j, truth.images[i], error),
             )
         )
     return matches
+
+
+def _frames(
+    reconstruction: Reconstruction, index: int, truth: Tensor | None = None, error: float | None = None
+) -> tuple[Frame, ...]:
+    """The way of one rebuilt image, judged by the private image `truth` that its end, `error` away, belongs to."""
+    if not reconstruction.snapshots:
+        return ()
+    counts = [evaluations for evaluations, _ in reconstruction.snapshots]
+    images = [snapshot[index] for _, snapshot in reconstruction.snapshots]
+    images[-1] = reconstruction.images[index]  # the snapshot of it is rounded
+    errors: list[float | None] = [None] * len(images)
+    if truth is not None:
+        before = torch.stack([image.float() for image in images])
+        errors = [*mse(truth.expand_as(before), before).tolist()[:-1], error]
+    return tuple(map(Frame, counts, images, errors))
 
 
 def score(

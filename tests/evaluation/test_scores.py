@@ -73,6 +73,25 @@ def test_without_truth_the_rows_are_there_and_their_scores_empty():
         assert [leak[c] for c in ("label_true", "mse", "psnr", "ssim", "recovered")] == [None] * 5
 
 
+def test_frames_follow_the_image_that_was_matched_at_the_end():
+    truth = batch([2, 7])
+    shuffled = truth.images.flip(0) + 1e-3
+    snapshots = [(1, torch.zeros(2, 1, 12, 12)), (8, truth.images + 0.1), (20, shuffled)]  # after 8 the other way round
+    halves = [(count, images.half()) for count, images in snapshots]
+    first, second = match(rebuilt(shuffled, [7, 2], snapshots=halves), truth)
+    for i, m in enumerate((first, second)):
+        assert [frame.evaluations for frame in m.frames] == [1, 8, 20]
+        true = truth.images[i]
+        assert m.frames[0].mse == pytest.approx(float(true.square().mean()), rel=1e-3)
+        assert m.frames[1].mse == pytest.approx(float((truth.images[1 - i] + 0.1 - true).square().mean()), rel=1e-2)
+        assert m.frames[2].mse == m.mse == pytest.approx(1e-6, rel=1e-3)
+        assert torch.equal(m.frames[2].image, m.rebuilt)
+    alone = match(rebuilt(shuffled, [7, 2], snapshots=halves), None)
+    assert torch.equal(alone[1].frames[1].image, halves[1][1][1])
+    assert [frame.mse for frame in alone[1].frames] == [None] * 3
+    assert match(rebuilt(shuffled, [7, 2]), truth)[0].frames == ()
+
+
 def test_a_failed_attack_has_a_row_and_no_leakage():
     nothing = rebuilt(torch.zeros(0, 1, 12, 12), [], stop_reason="client 5 returned NaN", objective=math.nan)
     assert failed(nothing)
