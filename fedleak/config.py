@@ -131,6 +131,8 @@ RULES: Mapping[str, Rule] = {
     "federation.lr": Rule(lambda v: is_number(v) and v > 0, "a number above 0"),
     "federation.payload": _one_of("gradient", "weights"),
     "federation.training_mode": YES_NO,
+    "federation.evaluate_every": whole(1),
+    "federation.capture_every": whole(1),
     "attack.name": Rule(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+-]+", v) is not None, "a plain name"),
     "attack.restarts": whole(1),
     "attack.max_evaluations": whole(1),

@@ -38,9 +38,13 @@ class Console:
         """A bar over the rounds; yields the callback for each round's row."""
         with self._bar("{task.fields[note]}") as bar:
             task = bar.add_task("federation", total=rounds, note="")
+            accuracy = ""
 
             def on_row(row: RoundRow) -> None:
-                note = f"test accuracy {row.test_accuracy:.3f} · loss {row.train_loss:.3f} · {row.clients} clients"
+                nonlocal accuracy
+                if row.test_accuracy is not None:
+                    accuracy = f"test accuracy {row.test_accuracy:.3f} · "
+                note = f"{accuracy}loss {row.train_loss:.3f} · {row.clients} clients"
                 bar.update(task, advance=1, note=note)
 
             yield on_row
@@ -74,6 +78,13 @@ class Console:
 
             yield on_cell
             bar.update(task, total=bar.tasks[task].completed)
+
+    @contextmanager
+    def steps(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """A bar over equal steps; yields the callback that takes how many more are done and a note."""
+        with self._bar("{task.fields[note]}") as bar:
+            task = bar.add_task(name, total=total, note="")
+            yield lambda done, note: bar.update(task, advance=done, note=note)
 
     def table(self, table: pd.DataFrame) -> None:
         """Print a data frame; shares as percentages, missing values as a dash."""

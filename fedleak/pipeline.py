@@ -28,6 +28,7 @@ from fedleak.errors import UsageError
 from fedleak.evaluation.scores import ATTACK_COLUMNS, LEAKAGE_COLUMNS, Match, match, round_table, score, summarise
 from fedleak.federation.client import make_client_app
 from fedleak.federation.local_update import local_update
+from fedleak.federation.rounds import is_due
 from fedleak.federation.scenario import Scenario, build_scenario, resolve_device
 from fedleak.federation.server import make_server_app
 from fedleak.instantiate import instantiate
@@ -186,15 +187,18 @@ def check_attack(attack: Attack, config: Mapping[str, Any]) -> None:
 def choose_victims(rows: Sequence[Mapping[str, Any]], every: int | str, clients: int | str) -> list[Mapping[str, Any]]:
     """Rounds 1, 1 + every, …, and of each the first `clients` by number (all of them for ``all``).
 
-    ``auto`` attacks every round of a short federation, and about ten of a long one.
+    ``auto`` attacks every captured round of a short federation, and about ten of a long one.
     """
+    captured = sorted({row["round"] for row in rows})
     if every == "auto":
-        every = math.ceil(max((row["round"] for row in rows), default=1) / 10)
+        chosen = set(captured[:: max(1, math.ceil(len(captured) / 10))])
+    else:
+        chosen = {number for number in captured if is_due(number, int(every))}
     victims: list[Mapping[str, Any]] = []
     taken: dict[int, int] = {}
     for row in rows:
         number = row["round"]
-        if (number - 1) % int(every) == 0 and (clients == "all" or taken.get(number, 0) < int(clients)):
+        if number in chosen and (clients == "all" or taken.get(number, 0) < int(clients)):
             taken[number] = taken.get(number, 0) + 1
             victims.append(row)
     return victims

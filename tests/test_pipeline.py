@@ -176,6 +176,26 @@ def test_victims_are_chosen_by_round_and_client():
     assert choose_victims(rows, "auto", "all") == rows
     long = [{"round": r, "client": 0} for r in range(1, 101)]
     assert [v["round"] for v in choose_victims(long, "auto", "all")] == list(range(1, 101, 10))
+    thinned = [{"round": r, "client": 0} for r in range(1, 2001, 100)]
+    assert [v["round"] for v in choose_victims(thinned, "auto", "all")] == list(range(1, 2001, 200))
+    assert [v["round"] for v in choose_victims(thinned, 500, "all")] == [1, 501, 1001, 1501]
+
+
+def test_a_long_federation_can_be_thinned_without_changing_what_is_kept(tmp_path):
+    run = ["run", "attack=labels_only", "federation.clients=2", "federation.rounds=4", "federation.batch_size=2"]
+    thin = ["federation.capture_every=2", "federation.evaluate_every=2"]
+    assert main([*run, f"output_dir={tmp_path / 'whole'}"]) == 0
+    assert main([*run, *thin, f"output_dir={tmp_path / 'thin'}"]) == 0
+    whole, thinned = (pd.read_csv(tmp_path / name / "rounds.csv") for name in ("whole", "thin"))
+    assert list(thinned["round"][thinned.test_accuracy.notna()]) == [1, 3, 4], "each second round, and the last"
+    assert thinned.test_accuracy[3] == whole.test_accuracy[3]
+    assert list(thinned.train_loss) == list(whole.train_loss)
+    for folder in ("captures", "truth"):
+        kept = {path.name for path in (tmp_path / "thin" / folder).glob("round-*")}
+        assert {name[:11] for name in kept} == {"round-00001", "round-00003"}
+        for name in kept:
+            assert (tmp_path / "thin" / folder / name).read_bytes() == (tmp_path / "whole" / folder / name).read_bytes()
+    assert sorted(set(pd.read_csv(tmp_path / "thin" / "attacks.csv")["round"])) == [1, 3]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedleak.federation.local_update import local_update
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
+from fedleak.federation.rounds import is_due
 from fedleak.federation.scenario import Scenario, build_scenario
 from fedleak.seeding import generator
 from fedleak.threads import one_thread
@@ -56,7 +57,8 @@ def train_once(
     """The reply of one client in one round."""
     federation = scenario.federation
     images, labels = scenario.private_batch(client, server_round)
-    TruthStore(truth_dir).write(Truth(server_round, client, images, labels, federation.local_steps))
+    if is_due(server_round, federation.capture_every):
+        TruthStore(truth_dir).write(Truth(server_round, client, images, labels, federation.local_steps))
     names = [name for name, _ in scenario.model.named_parameters()]
     device = scenario.device
     start = {name: received[name].to(device) for name in names}

@@ -14,6 +14,7 @@ from torch import nn
 
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, Payload, find_fault
 from fedleak.federation.records import EXAMPLES, PARTITION, client_record, to_tensors
+from fedleak.federation.rounds import is_due
 from fedleak.federation.strategy import last_line
 from fedleak.threat import ThreatModel
 
@@ -41,6 +42,7 @@ class Eavesdropper(Strategy):
         training_mode: whether clients train in train mode.
         per_sample: clients return each sample's gradient (iDLG's per-sample scenario).
         client_of: node id -> client number; by default what a reply's ``partition-id`` says, else the node's order.
+        every: keep the updates of rounds 1, 1 + every, … only, which a long federation's disk may demand.
         on_round: called with a round's observations as soon as they are captured, for an attack inline.
     """
 
@@ -60,6 +62,7 @@ class Eavesdropper(Strategy):
         training_mode: bool = True,
         per_sample: bool = False,
         client_of: Callable[[int], int | None] | None = None,
+        every: int = 1,
         on_round: Callable[[int, list[Observation]], None] | None = None,
     ) -> None:
         self.strategy = strategy
@@ -70,6 +73,7 @@ class Eavesdropper(Strategy):
         self.names = None if model is None else ([n for n, _ in model.named_parameters()], list(model.state_dict()))
         self.per_sample = per_sample
         self.client_of = client_of
+        self.every = every
         self.on_round = on_round
         self._sent: dict[str, torch.Tensor] = {}
         self._config: Mapping[str, Any] = {}
@@ -95,11 +99,12 @@ class Eavesdropper(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Capture every reply, then let the wrapped strategy aggregate the same replies untouched."""
         replies = list(replies)
-        observations = sorted((self._observe(server_round, reply) for reply in replies), key=lambda o: o.client)
-        for observation in observations:
-            self.store.write(observation)
-        if self.on_round is not None:
-            self.on_round(server_round, observations)
+        if is_due(server_round, self.every):
+            observations = sorted((self._observe(server_round, reply) for reply in replies), key=lambda o: o.client)
+            for observation in observations:
+                self.store.write(observation)
+            if self.on_round is not None:
+                self.on_round(server_round, observations)
         return self.strategy.aggregate_train(server_round, replies)
 
     def configure_evaluate(

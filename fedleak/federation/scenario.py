@@ -15,6 +15,7 @@ from fedleak.capture import Payload
 from fedleak.data import ImageData, to_float
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
+from fedleak.federation.rounds import is_due
 from fedleak.instantiate import instantiate
 from fedleak.models import build_model
 from fedleak.seeding import derive_seed, generator
@@ -35,6 +36,12 @@ class Federation:
     lr: float
     payload: Payload
     training_mode: bool = True
+    evaluate_every: int = 1
+    capture_every: int = 1
+
+    def evaluates(self, server_round: int) -> bool:
+        """Whether the test accuracy is measured after this round."""
+        return is_due(server_round, self.evaluate_every) or server_round == self.rounds
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,12 @@ ROUND_COLUMNS = ("round", "clients", "train_loss", "test_accuracy", "seconds")
 
 @dataclass(frozen=True)
 class RoundRow:
-    """One line of `rounds.csv`."""
+    """One line of `rounds.csv`; `test_accuracy` is None after a round that is not evaluated."""
 
     round: int
     clients: int
     train_loss: float
-    test_accuracy: float
+    test_accuracy: float | None
     seconds: float
 
 
@@ -75,6 +75,7 @@ def make_server_app(
             training_mode=federation.training_mode,
             per_sample=scenario.threat.per_sample_gradients,
             client_of=inner.partition_of.get,
+            every=federation.capture_every,
             on_round=on_round,
         )
         with (run_dir / "rounds.csv").open("w", newline="") as file:
@@ -86,7 +87,7 @@ def make_server_app(
                 nonlocal last
                 if server_round == 0:
                     return None
-                accuracy = test_accuracy(scenario, arrays)
+                accuracy = test_accuracy(scenario, arrays) if federation.evaluates(server_round) else None
                 now = time.perf_counter()
                 row = RoundRow(server_round, inner.aggregated, inner.train_loss, accuracy, round(now - last, 4))
                 last = now
@@ -94,7 +95,7 @@ def make_server_app(
                 file.flush()
                 if on_row is not None:
                     on_row(row)
-                return MetricRecord({"test_accuracy": accuracy})
+                return None if accuracy is None else MetricRecord({"test_accuracy": accuracy})
 
             strategy.start(
                 grid, to_arrays({**parameters, **buffers}), num_rounds=federation.rounds, evaluate_fn=evaluate
