@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from scipy.stats import binom
 
 Z = 1.96
 
@@ -24,3 +25,15 @@ def normal(values: Iterable[float]) -> tuple[float, float]:
         return float("nan"), float("nan")
     mean, half = numbers.mean(), Z * numbers.std(ddof=1) / np.sqrt(len(numbers))
     return float(mean - half), float(mean + half)
+
+
+def of_median(values: Iterable[float]) -> tuple[float, float]:
+    """An interval of a median at 95% or more, from the order of the values alone; infinite values are welcome.
+
+    NaN for fewer than six values, whose range falls short of 95%.
+    """
+    ordered = np.sort(np.asarray(list(values), dtype=float))
+    if len(ordered) < 6:
+        return float("nan"), float("nan")
+    below = int(binom.ppf(0.025, len(ordered), 0.5))
+    return float(ordered[below - 1]), float(ordered[len(ordered) - below])

@@ -74,7 +74,7 @@ class LabelInferenceStudy(Study):
         self.settings = {"methods": methods, "batch_sizes": batch_sizes, "stages": stages, "runs": runs}
         check_rules({"study": self.settings}, {key.replace("labels.", "study."): rule for key, rule in PLAN.items()})
         for name in methods:
-            _method(name, "study.methods")
+            load_method(name, "study.methods")
 
     def check(self, job: Job) -> None:
         """The data are there."""
@@ -98,7 +98,7 @@ def check(config: Mapping[str, Any]) -> dict[str, LabelInference]:
     """Check every value and build the methods; raises `UsageError` naming key, value and mend."""
     check_rules(config, RULES)
     partitions(config)
-    return {name: _method(name, "labels.methods") for name in config["labels"]["methods"]}
+    return {name: load_method(name, "labels.methods") for name in config["labels"]["methods"]}
 
 
 def partitions(config: Mapping[str, Any]) -> list[Partition]:
@@ -112,7 +112,8 @@ def partitions(config: Mapping[str, Any]) -> list[Partition]:
     return [name]  # type: ignore[list-item]
 
 
-def _method(name: str, key: str) -> LabelInference:
+def load_method(name: str, key: str) -> LabelInference:
+    """The choice `name` of ``attack/labels``; raises `UsageError` that names `key` where there is none."""
     folder = conf_dir() / "attack" / "labels"
     path = folder / f"{name}.yaml"
     if not path.is_file():
