@@ -212,7 +212,7 @@ def judge(
     seconds: float,
     command: Sequence[str],
 ) -> Outcome:
-    """Join reconstructions with the ground truth; write tables, picture and summary."""
+    """Join reconstructions with the ground truth; write tables, pictures and summary."""
     truths = TruthStore(run_dir / "truth")
     attack_rows, leakage_rows = [], []
     matches: list[Match] = []
@@ -242,9 +242,11 @@ def judge(
     write_csv(attacks, folder / "attacks.csv")
     write_csv(leakage, folder / "leakage.csv")
     if attacked:
-        from fedleak.report.pictures import reconstructions_png
+        from fedleak.report.pictures import evolution_png, reconstructions_png
 
         reconstructions_png(folder / "reconstructions.png", matches)
+        if any(pair.frames for pair in matches):
+            evolution_png(folder / "evolution.png", matches)
     summary = {
         **summarise(attacks, leakage, rounds),
         **facts(config, seconds, command),

@@ -1,4 +1,4 @@
-"""The picture of a run: private images beside what the attacker rebuilt of them, a row a round."""
+"""The pictures of a run: private images beside what the attacker rebuilt of them, and how that came about."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fedleak.evaluation.scores import Match
 
 MOST_ROUNDS = 8
 MOST_IMAGES = 8
+MOST_FILMS = 8
 MOST_BYTES = 1_000_000
 
 INK, FAINT, FRAME, LEAK = "#1b1f27", "#566070", "#c9ced6", "#c03a06"
@@ -41,7 +42,27 @@ def reconstructions_png(
         title: the heading.
         most_bytes: the resolution is lowered until the file is no larger than this.
     """
-    figure = _figure(sorted(matches, key=lambda m: (m.round, m.client, m.image)), title)
+    _save(path, _figure(sorted(matches, key=lambda m: (m.round, m.client, m.image)), title), most_bytes)
+
+
+def evolution_png(
+    path: Path, matches: Sequence[Match], *, title: str = "How the images came about", most_bytes: int = MOST_BYTES
+) -> None:
+    """Draw some images from the attack's start to what it returned, with the private image beside them.
+
+    Of many images with frames, `MOST_FILMS` evenly chosen ones are shown, in the order of rounds and clients.
+
+    Args:
+        path: the PNG file to write.
+        matches: as for `reconstructions_png`; those without frames are left out.
+        title: the heading.
+        most_bytes: the resolution is lowered until the file is no larger than this.
+    """
+    filmed = sorted((m for m in matches if m.frames), key=lambda m: (m.round, m.client, m.image))
+    _save(path, _strips(filmed, title), most_bytes)
+
+
+def _save(path: Path, figure: Figure, most_bytes: int) -> None:
     for dpi in (160, 120, 90, 60, 40):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": "fedleak"})
@@ -64,13 +85,7 @@ def _figure(matches: Sequence[Match], title: str) -> Figure:
     width = max(LEFT + columns * (cell + GAP) - GAP + MARGIN, 5.6)
     top = 0.92 if pairs else 0.80 if rows else 0.60
     height = top + len(rows) * row_height + 0.2 * len(notes) + 0.14
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_axis_off()
-    axes.text(MARGIN, 0.30, title, size=13, weight="bold", color=INK, va="center")
-    axes.text(MARGIN, 0.54, _headline(matches), size=8.5, color=FAINT, va="center")
-
+    figure, axes = _sheet(width, height, title, _headline(matches))
     y = top
     for number, row in zip(shown, rows, strict=True):
         axes.text(MARGIN, y + SIDE / 2 - 0.09, f"round {number}", size=9.5, weight="bold", color=INK, va="center")
@@ -90,8 +105,53 @@ def _figure(matches: Sequence[Match], title: str) -> Figure:
     for note in notes:
         axes.text(MARGIN, y + 0.06, note, size=8, color=FAINT, va="center")
         y += 0.2
-    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
     return figure
+
+
+def _strips(filmed: Sequence[Match], title: str) -> Figure:
+    """A row an image: the private one where it is known, then frame after frame."""
+    shown = [filmed[i] for i in evenly(len(filmed), MOST_FILMS)]
+    pairs = any(m.true is not None for m in shown)
+    first = LEFT + (SIDE + GAP if pairs else 0)
+    columns = max((len(m.frames) for m in shown), default=0)
+    step, row_height, top = SIDE + 2 * INNER, SIDE + 2 * LINE + 0.16, 0.92
+    width = max(first + columns * step + MARGIN, 5.6)
+    said = "Frame by frame the best images so far, the returned one last; framed, ✓: recovered."
+    if len(shown) < len(filmed):
+        said += f" {len(shown)} of {len(filmed)} images, evenly chosen."
+    figure, axes = _sheet(width, top + len(shown) * row_height + 0.1, title, said)
+    small = {"size": 7, "color": FAINT, "ha": "center"}
+    for row, m in enumerate(shown):
+        y = top + row * row_height
+        axes.text(MARGIN, y + SIDE / 2 - 0.09, f"round {m.round}", size=9.5, weight="bold", color=INK, va="center")
+        axes.text(MARGIN, y + SIDE / 2 + 0.10, f"client {m.client}, image {m.image}", size=8, color=FAINT, va="center")
+        if pairs:
+            _image(axes, m.true, LEFT, y, FRAME, "no truth")
+            axes.text(LEFT + SIDE / 2, y + SIDE + 0.11, "true", va="center", **small)
+        for column, frame in enumerate(m.frames):
+            x = first + column * step
+            found = frame.mse is not None and frame.mse < RECOVERED_MSE
+            _image(axes, frame.image, x, y, LEAK if found else FRAME, "")
+            spent = "start" if column == 0 else f"{frame.evaluations} evaluations"
+            axes.text(x + SIDE / 2, y + SIDE + 0.11, spent, va="center", **small)
+            if frame.mse is not None:
+                error = f"{'✓ ' if found else ''}MSE {_short(frame.mse)}"
+                words = small | ({"color": LEAK, "weight": "bold"} if found else {})
+                axes.text(x + SIDE / 2, y + SIDE + 0.08 + LINE, error, va="center", **words)
+    return figure
+
+
+def _sheet(width: float, height: float, title: str, said: str) -> tuple[Figure, Axes]:
+    """An empty figure of so many inches with its heading, and the axes on which everything is placed."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    axes.autoscale(False)
+    axes.text(MARGIN, 0.30, title, size=13, weight="bold", color=INK, va="center")
+    axes.text(MARGIN, 0.54, said, size=8.5, color=FAINT, va="center")
+    return figure, axes
 
 
 def _image(axes: Axes, image: Tensor | None, x: float, y: float, frame: str, missing: str) -> None:
@@ -101,7 +161,8 @@ def _image(axes: Axes, image: Tensor | None, x: float, y: float, frame: str, mis
         values = pixels(image)
         height, width = (SIDE * n / max(values.shape[:2]) for n in values.shape[:2])
         left, top = x + (SIDE - width) / 2, y + (SIDE - height) / 2
-        axes.imshow(values, extent=(left, left + width, top + height, top), interpolation="nearest")
+        extent = (left, left + width, top + height, top)
+        axes.imshow(values, extent=extent, interpolation="nearest", aspect="auto")
     linewidth = 2.2 if frame == LEAK else 0.6
     axes.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=frame, linewidth=linewidth, clip_on=False))
 

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
 
-from fedleak.evaluation.scores import Match
-from fedleak.report.pictures import _figure, evenly, pixels, reconstructions_png
+from fedleak.evaluation.scores import Frame, Match
+from fedleak.report.pictures import _figure, _strips, evenly, evolution_png, pixels, reconstructions_png
 
 LEAK = np.array([0xC0, 0x3A, 0x06])
 
@@ -81,6 +83,32 @@ def test_a_large_picture_of_noise_stays_small(tmp_path):
     matches = [pair(round, image, shape=(3, 64, 64)) for round in range(1, 9) for image in range(8)]
     reconstructions_png(tmp_path / "r.png", matches)
     assert (tmp_path / "r.png").stat().st_size < 1_000_000
+
+
+def film(errors: list[float | None], **changes) -> Match:
+    start = pair(**changes)
+    return replace(start, frames=tuple(Frame(2**i, start.rebuilt.half(), e) for i, e in enumerate(errors)))
+
+
+def test_a_film_runs_from_the_start_to_the_returned_image(tmp_path):
+    evolution_png(tmp_path / "e.png", [film([0.2, 4e-3, 2e-5]), pair(2)])
+    assert framed(tmp_path / "e.png") > 500
+    axes = _strips([film([0.2, 4e-3, 2e-5])], "").axes[0]
+    assert len(axes.images) == 4  # the private one and three frames
+    said = [text.get_text() for text in axes.texts]
+    assert said[-6:] == ["start", "MSE 0.2", "2 evaluations", "MSE 4.0e-3", "4 evaluations", "✓ MSE 2.0e-5"]
+    assert not any("round 2" in text for text in said)
+    evolution_png(tmp_path / "no.png", [film([0.2, 0.1])])
+    assert framed(tmp_path / "no.png") == 0
+
+
+def test_a_film_without_truth_and_of_many_images():
+    alone = _strips([film([None, None], true=None, label_true=None, mse=None)], "").axes[0]
+    assert len(alone.images) == 2
+    assert not any("MSE" in text.get_text() for text in alone.texts)
+    many = _strips([film([0.1, 0.01], round=number) for number in range(1, 21)], "").axes[0]
+    assert len(many.images) == 8 * 3
+    assert any("8 of 20 images" in text.get_text() for text in many.texts)
 
 
 def test_pixels():
