@@ -144,7 +144,7 @@ def effort_charts(runs: Sequence[RunData]) -> list[Chart]:
                 [[r["run"], r["reason"], r["count"]] for r in rows],
             )
         )
-    return charts + [chart for chart in (_traces(runs), *_endpoints(runs)) if chart is not None]
+    return charts + [chart for chart in (_traces(runs), _films(runs), *_endpoints(runs)) if chart is not None]
 
 
 def _traces(runs: Sequence[RunData]) -> Chart | None:
@@ -179,6 +179,73 @@ def _traces(runs: Sequence[RunData]) -> Chart | None:
         spec,
         ["update", "evaluations", "objective"],
         [[r["update"], r["x"], r["y"]] for r in rows],
+    )
+
+
+def _films(runs: Sequence[RunData]) -> Chart | None:
+    """The error along the way, of the images that snapshots were kept of."""
+    every = [(run.name, m) for run in runs for m in run.matches if m.frames and m.mse is not None]
+    shown = [every[i] for i in evenly(len(every), MOST_TRACES)]
+    rows = [
+        {
+            "run": name,
+            "image": f"{f'{name}: ' if len(runs) > 1 else ''}round {m.round}, client {m.client}, image {m.image}",
+            "x": frame.evaluations,
+            "mse": frame.mse,
+            "outcome": "recovered" if m.recovered else "not recovered",
+        }
+        for name, m in shown
+        for frame in m.frames
+        if frame.mse and math.isfinite(frame.mse)
+    ]
+    if not rows:
+        return None
+    first, last = (sorted(m.frames[i].mse or 0.0 for _, m in every)[len(every) // 2] for i in (0, -1))
+    passed = sorted(
+        next(frame.evaluations for frame in m.frames if frame.mse is not None and frame.mse < RECOVERED_MSE)
+        for _, m in every
+        if m.recovered
+    )
+    sentence = f"A line an image. The median error goes from {_short(first)} at the start to {_short(last)} at the end."
+    if passed:
+        half = passed[len(passed) // 2]
+        sentence += f" Half of the recovered images were below the dashed line after {half:,} evaluations or sooner."
+    if len(shown) < len(every):
+        sentence += f" Shown are {len(shown)} of {len(every)}, evenly chosen."
+    outcomes = {"domain": ["recovered", "not recovered"], "range": ["@leak", "@faint"]}
+    line = {
+        "mark": {"type": "line", "point": {"size": 20}, "strokeWidth": 1.5, "opacity": 0.6},
+        "encoding": {
+            "x": {
+                "field": "x",
+                "type": "quantitative",
+                "title": "evaluations of the objective",
+                "scale": {"type": "log", "nice": False},
+                "axis": {"format": ",", "tickCount": 6, "grid": False},
+            },
+            "y": _log("mse", "MSE of the image"),
+            "detail": {"field": "image"},
+            "tooltip": _tips(("image", "image"), ("x", "evaluations"), ("mse", "MSE")),
+            **(
+                _colour(runs)
+                or {
+                    "color": {
+                        "field": "outcome",
+                        "type": "nominal",
+                        "scale": outcomes,
+                        "legend": {"orient": "top", "title": None},
+                    }
+                }
+            ),
+        },
+    }
+    return Chart(
+        "films",
+        "The error of the images during the attack",
+        sentence,
+        {"data": {"values": rows}, "layer": [line, {"mark": _RULE, "encoding": {"y": {"datum": RECOVERED_MSE}}}]},
+        ["image", "evaluations", "MSE"],
+        [[r["image"], r["x"], r["mse"]] for r in rows],
     )
 
 

@@ -21,11 +21,13 @@ from fedleak.evaluation.scores import Match, round_table, summarise
 from fedleak.report.charts import Chart, effort_charts, federation_charts, leak_charts
 from fedleak.report.pictures import evenly, pixels
 from fedleak.report.run_data import RunData, distinct_names, read_run
-from fedleak.report.sprites import Sprites, pack
+from fedleak.report.sprites import pack
 
 MOST_GALLERY = 10_000
 MOST_TABLE_ROWS = 300
+MOST_FILMS = 1000
 SPRITE_BYTES = 11_000_000  # a third more in base64; with the charts and tables the file stays below 20 MB
+FILM_BYTES = 2_500_000  # of these, for how the images came about
 
 THREAT_WORDS = {
     "batch_size": "how many samples a client trains on in a step",
@@ -73,7 +75,7 @@ def render(runs: Sequence[RunData]) -> str:
     }
     if len(runs) == 1:
         sections = {name: [chart.without_run() for chart in charts] for name, charts in sections.items()}
-    pictures, sprites = gallery(runs)
+    pictures, sheets = gallery(runs)
     charts = {chart.key: chart.spec for charts in sections.values() for chart in charts}
     here = Path(__file__).parent
     environment = Environment(
@@ -88,7 +90,7 @@ def render(runs: Sequence[RunData]) -> str:
         sections={name: [_panel(chart) for chart in charts] for name, charts in sections.items()},
         missing=_missing(sections),
         gallery=pictures,
-        sheets=[base64.b64encode(sheet).decode() for sheet in sprites.sheets],
+        sheets=[base64.b64encode(sheet).decode() for sheet in sheets],
         charts_json=embed(charts),
         gallery_json=embed(pictures["data"]),
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
@@ -119,27 +121,37 @@ def compare(runs: Sequence[RunData]) -> dict[str, Any]:
     }
 
 
-def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], Sprites]:
-    """The pictures: what the page's script needs, and the thumbnails."""
+def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], list[bytes]]:
+    """The pictures: what the page's script needs, and the sheets of thumbnails."""
     every: list[tuple[int, Match]] = [
         (i, m) for i, run in enumerate(runs) for m in run.matches if m.true is not None or m.rebuilt is not None
     ]
     shown = [every[i] for i in evenly(len(every), MOST_GALLERY)]
     images = [image for _, m in shown for image in (m.true, m.rebuilt) if image is not None]
-    sprites = pack([pixels(image) for image in images], most_bytes=SPRITE_BYTES)
-    place = iter(range(len(images)))
+    kept = [i for i, (_, m) in enumerate(shown) if m.frames]
+    filmed = {kept[i] for i in evenly(len(kept), MOST_FILMS)}
+    steps = [frame.image for i in sorted(filmed) for frame in shown[i][1].frames[:-1]]
+    films = pack([pixels(image) for image in steps], most_bytes=FILM_BYTES)
+    sprites = pack([pixels(image) for image in images], most_bytes=SPRITE_BYTES - (FILM_BYTES if steps else 0))
+    place, step = iter(range(len(images))), iter(range(len(images), len(images) + len(steps)))
     items = []
-    for run, m in shown:
+    for i, (run, m) in enumerate(shown):
         true = next(place) if m.true is not None else -1
         rebuilt = next(place) if m.rebuilt is not None else -1
         recovered = None if m.recovered is None else int(m.recovered)
         labels = (m.label_true, m.label_inferred)
-        items.append((run, m.round, m.client, m.image, *labels, _significant(m.mse), recovered, true, rebuilt))
+        # The last frame is the rebuilt image itself.
+        frames = m.frames if i in filmed else ()
+        at = [*(next(step) for _ in frames[1:]), rebuilt]
+        film = [(f.evaluations, _significant(f.mse), where) for f, where in zip(frames, at, strict=False)]
+        items.append((run, m.round, m.client, m.image, *labels, _significant(m.mse), recovered, true, rebuilt, film))
+    sheets = [*sprites.sheets, *films.sheets]
     data = {
         "runs": [run.name for run in runs],
         "items": items,
-        "places": sprites.places,
-        "sheets": sprites.sizes,
+        "places": sprites.places + [(s + len(sprites.sheets), *where) for s, *where in films.places],
+        "sheets": sprites.sizes + films.sizes,
+        "threshold": RECOVERED_MSE,
     }
     largest = max((max(image.shape[-2:]) for image in images), default=0)
     notes = []
@@ -147,16 +159,19 @@ def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], Sprites]:
         notes.append(f"{len(shown):,} of {len(every):,} images, evenly chosen.")
     if largest > sprites.side:
         notes.append(f"Thumbnails are scaled down from {largest} to {sprites.side} pixels.")
+    if len(filmed) < len(kept):
+        notes.append(f"How they came about is shown of {len(filmed):,} of {len(kept):,} images, evenly chosen.")
     if images and not sprites.lossless:
         notes.append("Thumbnails are compressed with loss to keep the file small; the scores are of the originals.")
     return {
         "data": data,
         "count": len(shown),
         "judged": any(m.recovered is not None for _, m in shown),
+        "filmed": len(filmed),
         "notes": notes,
         "rounds": sorted({m.round for _, m in shown}),
         "clients": sorted({m.client for _, m in shown}),
-    }, sprites
+    }, sheets
 
 
 def _card(run: RunData) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -120,7 +121,7 @@ def _strips(filmed: Sequence[Match], title: str) -> Figure:
     if len(shown) < len(filmed):
         said += f" {len(shown)} of {len(filmed)} images, evenly chosen."
     figure, axes = _sheet(width, top + len(shown) * row_height + 0.1, title, said)
-    small = {"size": 7, "color": FAINT, "ha": "center"}
+    small: dict[str, Any] = {"size": 7, "color": FAINT, "ha": "center"}
     for row, m in enumerate(shown):
         y = top + row * row_height
         axes.text(MARGIN, y + SIDE / 2 - 0.09, f"round {m.round}", size=9.5, weight="bold", color=INK, va="center")

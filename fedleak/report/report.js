@@ -87,13 +87,19 @@ function thumbnail(place, alt, missing) {
   return box;
 }
 
+const short = (mse) =>
+  mse === 0 ? "0" : mse >= 0.01 ? String(Number(mse.toPrecision(2))) : mse.toExponential(1);
+
 function closeness(mse) {
   if (mse === null) return "not rebuilt";
-  const small = mse === 0 ? "0" : mse >= 0.01 ? String(Number(mse.toPrecision(2))) : mse.toExponential(1);
-  return mse === 0 ? "exact, MSE 0" : `${(-10 * Math.log10(mse)).toFixed(1)} dB, MSE ${small}`;
+  return mse === 0 ? "exact, MSE 0" : `${(-10 * Math.log10(mse)).toFixed(1)} dB, MSE ${short(mse)}`;
 }
 
-function card([run, round, client, image, labelTrue, labelInferred, mse, recovered, truePlace, rebuiltPlace]) {
+const where = ([run, round, client, image]) =>
+  `${gallery.runs.length > 1 ? `${gallery.runs[run]}, ` : ""}round ${round}, client ${client}, image ${image}`;
+
+function card(entry) {
+  const [run, round, client, image, labelTrue, labelInferred, mse, recovered, truePlace, rebuiltPlace, film] = entry;
   const item = element("li", recovered ? "card recovered" : "card");
   if (gallery.runs.length > 1) item.append(element("div", "where", gallery.runs[run]));
   item.append(element("div", "where", `round ${round}, client ${client}, image ${image}`));
@@ -115,7 +121,53 @@ function card([run, round, client, image, labelTrue, labelInferred, mse, recover
   if (recovered) label.append(element("span", "chip", "recovered"));
   item.append(label);
   if (mse !== null) item.append(element("div", undefined, closeness(mse)));
+  if (film.length) {
+    const open = element("button", "evolve", "Evolution");
+    open.type = "button";
+    open.setAttribute("aria-label", `Evolution of ${where(entry)}`);
+    open.addEventListener("click", () => showFilm(entry));
+    item.append(open);
+  }
   return item;
+}
+
+// How one image came about, frame by frame, the private one before them.
+let filmed = null;
+function showFilm(entry) {
+  filmed = entry;
+  const [labelTrue, truePlace, film] = [entry[4], entry[8], entry[10]];
+  const frames = film.map(([evaluations, mse, place], i) => {
+    const found = mse !== null && mse < gallery.threshold;
+    const frame = element("li", found ? "recovered" : "");
+    const when = i === 0 ? "start" : `${evaluations.toLocaleString("en")} evaluations`;
+    frame.append(thumbnail(place, `${i === film.length - 1 ? "rebuilt image" : "image"}, ${when}`, "not rebuilt"));
+    frame.append(element("div", undefined, when));
+    if (mse !== null) frame.append(element("div", "error", `MSE ${short(mse)}${found ? " ✓" : ""}`));
+    return frame;
+  });
+  if (labelTrue !== null || truePlace >= 0) {
+    const frame = element("li", "true");
+    frame.append(thumbnail(truePlace, `private image, label ${labelTrue}`, "no private image"));
+    frame.append(element("div", undefined, "private image"));
+    frames.unshift(frame);
+  }
+  byId("film-title").textContent = `How it came about: ${where(entry)}`;
+  const passed = film.find(([, mse]) => mse !== null && mse < gallery.threshold);
+  byId("film-says").textContent = `The best images so far, from the attack's start to what it returned.`
+    + (film[0][1] === null ? "" : passed
+      ? ` After ${passed[0].toLocaleString("en")} evaluations, at the latest, it was a copy to the eye (✓: MSE below ${gallery.threshold}).`
+      : ` It never came to an MSE below ${gallery.threshold}.`);
+  byId("frames").replaceChildren(...frames);
+  const all = chosen().filter((item) => item[10].length);
+  byId("film-previous").disabled = all[0] === filmed;
+  byId("film-next").disabled = all[all.length - 1] === filmed;
+  if (!byId("film").open) byId("film").showModal();
+}
+
+function turnFilm(by) {
+  const all = chosen().filter((item) => item[10].length);
+  const next = all[all.indexOf(filmed) + by];
+  if (next) showFilm(next);
 }
 
 function chosen() {
@@ -124,6 +176,7 @@ function chosen() {
   let items = gallery.items.filter((item) =>
     Object.entries(fields).every(([name, at]) => !want[name] || String(item[at]) === want[name]));
   if (want.label) items = items.filter((item) => item[4] !== null && String(Number(item[4] === item[5])) === want.label);
+  if (want.film) items = items.filter((item) => item[10].length);
   if (want.order) {
     const sign = want.order === "closest" ? 1 : -1;
     const error = (item) => (item[6] === null ? Infinity : item[6]);
@@ -154,5 +207,10 @@ if (gallery) {
   const turn = (by) => { page += by; drawGallery(); byId("gallery").scrollIntoView(); };
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
+  byId("film-previous").addEventListener("click", () => turnFilm(-1));
+  byId("film-next").addEventListener("click", () => turnFilm(1));
+  byId("film").addEventListener("keydown", ({ key }) => {
+    if (key === "ArrowLeft" || key === "ArrowRight") turnFilm(key === "ArrowLeft" ? -1 : 1);
+  });
   drawGallery();
 }

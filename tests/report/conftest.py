@@ -109,8 +109,9 @@ class Browser:
     def press(self, key: str) -> None:
         """One key, by its DevTools name."""
         for kind in ("keyDown", "keyUp"):
-            code = {"Tab": 9, "Enter": 13, " ": 32}[key]
-            self.devtools("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code)
+            code = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowRight": 39}[key]
+            text = {"Enter": "\r", " ": " "}.get(key, "")
+            self.devtools("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, text=text)
 
     def log(self, kind: str = "browser") -> list[dict[str, Any]]:
         """Console messages, or (``performance``) network events, since the last call."""
@@ -162,7 +163,8 @@ def write_run(
 ) -> Path:
     """A run directory as fedleak run leaves it: in every batch, image 0 is recovered and the others are not.
 
-    The label of the last image of client 0 is inferred wrongly in every round.
+    Where `trace` is kept, the images come out of grey in two steps. The
+    label of the last image of client 0 is inferred wrongly in every round.
     """
     generator = torch.Generator().manual_seed(rounds)
     attack_rows, leakage_rows = [], []
@@ -180,6 +182,9 @@ def write_run(
             )
             if trace:
                 reconstruction.trace = [(i * 10, 10.0**-i) for i in range(1, 8)]
+                grey, images = torch.full_like(reconstruction.images, 0.5), reconstruction.images
+                mixtures = [(1, grey), (12, (grey + images) / 2), (70, images)]
+                reconstruction.snapshots = [(count, mixture.half()) for count, mixture in mixtures]
             ReconstructionStore(folder / "captures" / "reconstructions" / "key").write(reconstruction)
             if truth:
                 TruthStore(folder / "truth").write(private)

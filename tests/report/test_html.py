@@ -198,6 +198,12 @@ def test_charts_say_what_the_tables_hold(make_run):
     assert sum(row[2] for row in made["psnr"].rows) == sum(row[2] for row in made["mse"].rows) == 12
     assert made["data-0"].rows == [[0, 0, 3], [0, 1, 3], [1, 0, 3], [1, 1, 3]]
     assert len(made["traces"].rows) == 6 * 7
+    assert len(made["films"].rows) == 12 * 3
+    recovered = [row for row in made["films"].rows if row[0] == "round 1, client 0, image 0"]
+    assert [row[1] for row in recovered] == [1, 12, 70]
+    assert recovered[1][2] == pytest.approx(recovered[0][2] / 4, rel=0.2)
+    assert recovered[2][2] == pytest.approx(1e-4, rel=1e-3)
+    assert "below the dashed line after 70 evaluations or sooner" in made["films"].sentence
     assert len(made["effort-objective"].rows) == 6
     for chart in made.values():
         assert chart.sentence
@@ -347,23 +353,31 @@ def test_it_opens_without_complaints_and_the_filters_work(make_run, browser):
     assert window.log() == []
 
 
-def test_pictures_are_where_they_should_be(make_run, browser):
-    """The pixels on the screen are those of the private image and of its reconstruction."""
-    folder = make_run(shape=(3, 6, 6))
-    window = opened(browser, write_report([folder], folder.parent / "r.html"))
-    first = read_run(folder).matches[0]
-    script = """
-      const i = document.querySelectorAll('#cards .card i')[arguments[0]], s = i.style;
+# The pixels of a thumbnail, as the page shows them.
+PIXELS = """
+      const i = document.querySelectorAll(arguments[0])[arguments[1]], s = i.style;
       const image = new Image(); image.src = s.backgroundImage.slice(5, -2); await image.decode();
       const scale = parseFloat(s.backgroundSize) / image.width;
       const [x, y] = s.backgroundPosition.split(' ').map(v => Math.round(-parseFloat(v) / scale));
       const canvas = document.createElement('canvas'); canvas.width = canvas.height = 6;
       const context = canvas.getContext('2d'); context.drawImage(image, -x, -y);
       return [...context.getImageData(0, 0, 6, 6).data];
-    """
-    for index, image in enumerate((first.true, first.rebuilt)):
-        shown = torch.tensor(window.run(script, index)).reshape(6, 6, 4)[..., :3].permute(2, 0, 1) / 255
+"""
+
+
+def shows(window, selector, images):
+    """Whether the page's thumbnails are these images of 6 by 6 pixels."""
+    for index, image in enumerate(images):
+        shown = torch.tensor(window.run(PIXELS, selector, index)).reshape(6, 6, 4)[..., :3].permute(2, 0, 1) / 255
         assert (shown - image).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_pictures_are_where_they_should_be(make_run, browser):
+    """The pixels on the screen are those of the private image and of its reconstruction."""
+    folder = make_run(shape=(3, 6, 6))
+    window = opened(browser, write_report([folder], folder.parent / "r.html"))
+    first = read_run(folder).matches[0]
+    shows(window, "#cards .card i", [first.true, first.rebuilt])
     box = window.run(
         "const r = document.querySelector('#cards .card i').getBoundingClientRect(); return [r.width, r.height]"
     )
@@ -371,6 +385,44 @@ def test_pictures_are_where_they_should_be(make_run, browser):
     alt = window.run("return [...document.querySelectorAll('#cards .card i')].slice(0, 2).map(i => i.ariaLabel)")
     assert alt[0] == "private image, label 0"
     assert alt[1].startswith("rebuilt image, inferred label 0, 40.0 dB")
+
+
+def test_the_evolution_of_an_image(make_run, browser):
+    """Its film opens by keyboard, shows the private image and every frame, leads to the next image, and closes."""
+    folder = make_run(shape=(3, 6, 6), trace=True)
+    window = opened(browser, write_report([folder], folder.parent / "r.html"))
+    first, second = read_run(folder).matches[:2]
+    window.run("document.querySelector('#cards .evolve').focus()")
+    window.press("Enter")
+    window.wait("document.getElementById('film').open")
+    words = "return document.getElementById('film').innerText"
+    assert "round 1, client 0, image 0" in window.run(words)
+    assert "After 70 evaluations, at the latest" in window.run(words)
+    captions = "return [...document.querySelectorAll('#frames li')].map(li => li.innerText.replace(/\\n/g, ' '))"
+    assert window.run(captions)[2:] == [f"12 evaluations MSE {first.frames[1].mse:.2g}", "70 evaluations MSE 1.0e-4 ✓"]
+    shows(window, "#frames i", [first.true, *(frame.image for frame in first.frames)])
+    alts = window.run("return [...document.querySelectorAll('#frames i')].map(i => i.ariaLabel)")
+    assert alts == ["private image, label 0", "image, start", "image, 12 evaluations", "rebuilt image, 70 evaluations"]
+    window.press("ArrowRight")
+    shows(window, "#frames i", [second.true, *(frame.image for frame in second.frames)])
+    assert "never came to an MSE below 0.001" in window.run(words)
+    window.press("Escape")
+    window.wait("!document.getElementById('film').open")
+    assert window.run("return document.activeElement.className") == "evolve"
+    assert window.log() == []
+
+
+def test_films_are_kept_for_some_images_only(make_run, browser, monkeypatch):
+    folder = make_run(trace=True)
+    plain = write_report([make_run("plain")], folder.parent / "plain.html").read_text()
+    assert 'select name="film"' not in plain
+    monkeypatch.setattr("fedleak.report.html.MOST_FILMS", 5)
+    window = opened(browser, write_report([folder], folder.parent / "r.html"))
+    assert window.run("return document.querySelectorAll('#cards .evolve').length") == 5
+    window.choose("film", "1")
+    assert len(window.run(CARDS)) == 5
+    assert "of 5 of 12 images" in window.run("return document.getElementById('gallery').innerText")
+    assert window.log() == []
 
 
 def test_every_chart_has_words_and_a_table(make_run, browser):
@@ -426,7 +478,7 @@ def test_evil_names_do_nothing_in_a_browser(make_run, browser):
 
 @pytest.mark.slow
 def test_ten_thousand_images_stay_small_and_fast(make_run, browser):
-    folder = make_run(rounds=125, clients=10, batch=8, shape=(3, 32, 32), std=0.3)
+    folder = make_run(rounds=125, clients=10, batch=8, shape=(3, 32, 32), std=0.3, trace=True)
     start = time.perf_counter()
     path = write_report([folder], folder.parent / "r.html")
     assert time.perf_counter() - start < 120
