@@ -35,11 +35,15 @@ Partition = Literal["iid", "biased"]
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """How the victims train: what they send, and after how many steps at which learning rate."""
+    """How the victims train: what they send, and after how many steps at which learning rate.
+
+    With `per_sample` they send the gradient of every single sample (one step, payload ``gradient``).
+    """
 
     payload: Payload = "gradient"
     local_steps: int = 1
     lr: float = 0.1
+    per_sample: bool = False
 
 
 def draw_batch(labels: Tensor, size: int, partition: Partition, generator: torch.Generator) -> Tensor:
@@ -80,6 +84,7 @@ def client_update(
         local_steps=plan.local_steps,
         lr=plan.lr,
         payload=plan.payload,
+        per_sample=plan.per_sample,
         training_mode=model.training,
     )
     return Observation(
@@ -92,6 +97,7 @@ def client_update(
         lr=plan.lr,
         local_steps=plan.local_steps,
         start_buffers=buffers,
+        per_sample=plan.per_sample,
     )
 
 

@@ -148,7 +148,7 @@ def load_data(config: Mapping[str, Any]) -> ImageData:
     return _load_data(json.dumps(config, sort_keys=True))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _load_data(config_json: str) -> ImageData:
     return instantiate(json.loads(config_json), "data")
 

@@ -3,12 +3,16 @@
 from fedleak.studies.base import Job, Results, Study, build_study, run_study
 from fedleak.studies.federations import Cells, cell_config, check_cells, run_cells
 from fedleak.studies.labels import LabelInferenceStudy
+from fedleak.studies.fresh import FreshNetworks
+from fedleak.studies.idlg_table1 import IdlgTable1
 
 __all__ = [
     "Cells",
     "Job",
     "LabelInferenceStudy",
     "Results",
+    "FreshNetworks",
+    "IdlgTable1",
     "Study",
     "build_study",
     "cell_config",

@@ -1,0 +1,276 @@
+"""Attacks on fresh networks: data sets × attacks × batch sizes, a new network and a new private batch each time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fedleak.attacks import Attack, Knowledge, Reconstruction
+from fedleak.attacks.base import Progress
+from fedleak.capture import Observation
+from fedleak.config import Rule, check, whole
+from fedleak.data import ImageData, to_float
+from fedleak.errors import UsageError
+from fedleak.evaluation.intervals import normal, of_median, wilson
+from fedleak.evaluation.label_study import ClientPlan, client_update, draw_batch
+from fedleak.evaluation.metrics import label_accuracy, labels_exact
+from fedleak.evaluation.scores import match
+from fedleak.federation.scenario import load_data
+from fedleak.models import build_model
+from fedleak.pipeline import build_attack, check_attack, write_csv
+from fedleak.seeding import derive_seed, generator
+from fedleak.studies.base import Job, Study, require
+from fedleak.studies.federations import cell_config
+from fedleak.studies.named_data import load_named
+from fedleak.threat import ThreatModel
+from fedleak.truth import Truth
+
+CHUNK = 50
+"""Networks attacked in one call; their rows are on disk before the next ones are drawn."""
+
+
+SHOWN = (
+    "data",
+    "attack",
+    "batch_size",
+    "networks",
+    "label_accuracy",
+    "recovered",
+    "converged",
+    "blown_up",
+    "median_mse",
+)
+"""Columns of the summary for the terminal."""
+
+
+@dataclass(frozen=True)
+class Victims:
+    """Clients with a fresh network and one private batch each.
+
+    Attributes:
+        knowledge: what the attacker holds besides its observations.
+        observations: what the server sees, one a client; the network's number plus one is the round.
+        truths: what the judgement compares with.
+    """
+
+    knowledge: Knowledge
+    observations: list[Observation]
+    truths: list[Truth]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a study: `networks` fresh networks on one data set, attacked in one way at one batch size."""
+
+    data: str
+    attack: str
+    batch_size: int
+    networks: int
+
+
+def draw_victims(
+    data: ImageData, model: Mapping[str, Any], networks: Sequence[int], batch_size: int, threat: ThreatModel, seed: int
+) -> Victims:
+    """Fresh networks by their numbers, and one update of each.
+
+    A network and its batch depend on (seed, data set, batch size, number) only: other attacks meet the same ones.
+    """
+    observations, truths = [], []
+    plan = ClientPlan(per_sample=threat.per_sample_gradients)
+    for number in networks:
+        network = build_model(
+            model, data.image_shape, data.classes, derive_seed(seed, "model", data.name, batch_size, number)
+        )
+        random = generator(seed, "batch", data.name, batch_size, number)
+        chosen = draw_batch(data.train_labels, batch_size, "iid", random)
+        images, labels = to_float(data.train_images[chosen]), data.train_labels[chosen]
+        observations.append(client_update(network, images, labels, plan, run=number, batch_size=batch_size))
+        truths.append(Truth(number + 1, 0, images, labels))
+    return Victims(Knowledge(network, data.image_shape, data.classes, threat), observations, truths)
+
+
+def judge(reconstruction: Reconstruction, truth: Truth) -> dict[str, Any]:
+    """The row of one attacked batch; MSE is the mean over its images in the best assignment, empty without images."""
+    pairs = match(reconstruction, truth, similarity=False)
+    errors = [pair.mse for pair in pairs if pair.mse is not None]
+    return {
+        "label_accuracy": label_accuracy(truth.labels, reconstruction.labels),
+        "labels_exact": labels_exact(truth.labels, reconstruction.labels),
+        "last_label_accuracy": label_accuracy(truth.labels, last_labels(reconstruction)),
+        "mse": _short(sum(errors) / len(errors)) if errors else None,
+        "recovered": sum(bool(pair.recovered) for pair in pairs) / len(pairs) if errors else None,
+        "objective": _short(reconstruction.objective),
+        "blown_up": blown_up(reconstruction.trace),
+        "evaluations": reconstruction.evaluations,
+        "stop_reason": reconstruction.stop_reason,
+        "seconds": _short(reconstruction.seconds),
+    }
+
+
+def last_labels(reconstruction: Reconstruction) -> Tensor:
+    """The labels at a joint attack's last step, ``[B]``; any other attack's labels do not move."""
+    said = reconstruction.details.get("last_labels")
+    return reconstruction.labels if said is None else torch.tensor([int(label) for label in said.split()])
+
+
+def blown_up(trace: Sequence[tuple[int, float]]) -> bool | None:
+    """Whether a start ended no better than it began, or at a value that is no number; None without a trace."""
+    return not trace[-1][1] < trace[0][1] if trace else None
+
+
+class FreshNetworks(Study):
+    """Attacks on fresh networks. A subclass draws the pictures, and says what else the summary should hold.
+
+    The model is the configuration's `model`.
+
+    Args:
+        attacks: name -> overrides that choose and set it, such as ``[attack=dlg, attack.restarts=1]``.
+        batch_sizes: samples of a private batch.
+        networks: how many networks, one number or one for each batch size.
+        datasets: choices of ``data``; None takes the configuration's `data`.
+        roots: data set -> the folder of its files, see `load_named`.
+        fewer: data set -> attack -> networks, where `networks` would take too long.
+    """
+
+    def __init__(
+        self,
+        attacks: Mapping[str, Sequence[str]],
+        networks: int | Sequence[int],
+        batch_sizes: Sequence[int] = (1,),
+        datasets: Sequence[str] | None = None,
+        roots: Mapping[str, str | None] | None = None,
+        fewer: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> None:
+        size = whole(1)
+        several = Rule(lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(size.test, v)), f"{size.mend}s")
+        require("batch_sizes", batch_sizes, replace(several, mend=f"a list of {several.mend}"))
+        counts = [networks] * len(batch_sizes) if isinstance(networks, int) else networks
+        require("networks", counts if isinstance(counts, list) else networks, several)
+        if len(counts) != len(batch_sizes):
+            raise UsageError(f"study.networks={networks}: must be one number, or one for each of {batch_sizes}")
+        named = Rule(lambda v: v is None or (isinstance(v, list) and len(v) > 0), "a list of choices of data")
+        require("datasets", datasets, named)
+        for data, by_attack in (fewer or {}).items():
+            for attack, count in by_attack.items():
+                require(f"fewer.{data}.{attack}", count, size)
+                if attack not in attacks:
+                    raise UsageError(f"study.fewer.{data}.{attack}: no such attack here; known: {', '.join(attacks)}")
+        self.attacks = attacks
+        self.batch_sizes = batch_sizes
+        self.networks = counts
+        self.datasets = datasets
+        self.roots = roots or {}
+        self.fewer = fewer or {}
+
+    def check(self, job: Job) -> None:
+        """The data are there, and every attack can be made of its overrides and takes the batches."""
+        data = self._data(job)
+        for name in data:
+            build_model(job.config["model"], data[name].image_shape, data[name].classes, 0)
+        for name in self.attacks:
+            for batch_size in self.batch_sizes:
+                self._attack(job, name, batch_size)
+
+    def run(self, job: Job) -> pd.DataFrame:
+        """Attack every cell's networks, a row a network in ``results.csv``; then summary and pictures."""
+        data, results = self._data(job), job.results()
+        cells = list(self.cells(data))
+        with job.console.steps("networks", sum(cell.networks for cell in cells)) as advance:
+            for cell in cells:
+                for rows in self._attacked(job, data[cell.data], cell, advance):
+                    results.add(rows)
+        summary = self.summarise(results.frame)
+        write_csv(summary, job.folder / "summary.csv")
+        self.draw(results.frame, summary, job)
+        return summary[[column for column in SHOWN if column in summary]].round(6)
+
+    def summarise(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of ``summary.csv`` from those of ``results.csv``: a row a cell, with 95% intervals.
+
+        Wilson's for shares of networks, from standard errors for means over batches, from the order of the values for
+        medians. `labels_exact`, `converged` and `blown_up` are shares of networks, `recovered` of images.
+        """
+        rows = []
+        for key, cell in frame.groupby(["data", "attack", "batch_size"], sort=False):
+            row: dict[str, Any] = dict(zip(("data", "attack", "batch_size"), key, strict=True))
+            row["networks"] = runs = len(cell)
+            imaged = bool(cell["mse"].notna().any())
+            shares = {"labels_exact": cell["labels_exact"]}
+            if imaged:
+                shares["converged"] = cell["stop_reason"] == "converged"
+                shares["blown_up"] = cell["blown_up"].dropna()
+            means = {name: cell[name] for name in ("label_accuracy", "last_label_accuracy")}
+            if imaged:
+                means["recovered"] = cell["recovered"]
+            for name, values in (means | shares).items():
+                share = name in shares or row["batch_size"] == 1
+                mean = float(values.astype(float).mean())
+                low, high = wilson(mean, runs) if share else normal(values.astype(float))
+                row |= {name: mean, f"{name}_low": max(0.0, low), f"{name}_high": min(1.0, high)}
+            if imaged:
+                low, high = of_median(cell["mse"])
+                row |= {"median_mse": cell["mse"].median(), "median_mse_low": low, "median_mse_high": high}
+            row |= {"median_evaluations": cell["evaluations"].median(), "seconds": cell["seconds"].sum()}
+            rows.append(row)
+        summary = pd.DataFrame(rows)
+        return summary.apply(lambda column: column.map(_short) if column.dtype == float else column)
+
+    @abstractmethod
+    def draw(self, frame: pd.DataFrame, summary: pd.DataFrame, job: Job) -> None:
+        """The pictures."""
+
+    def cells(self, data: Mapping[str, ImageData]) -> Iterator[Cell]:
+        """Every point of the study, data set by data set, the attacks in turn, small batches first."""
+        for name in data:
+            for attack in self.attacks:
+                for batch_size, networks in zip(self.batch_sizes, self.networks, strict=True):
+                    most = self.fewer.get(name, {}).get(attack, networks)
+                    yield Cell(name, attack, batch_size, min(most, networks))
+
+    def _data(self, job: Job) -> dict[str, ImageData]:
+        if self.datasets is None:
+            data = load_data(job.config["data"])
+            return {data.name: data}
+        return load_named(self.datasets, self.roots)
+
+    def _attack(self, job: Job, name: str, batch_size: int) -> tuple[Attack, ThreatModel]:
+        overrides = [*self.attacks[name], f"federation.batch_size={batch_size}", "federation=fedsgd"]
+        config = cell_config(job, overrides)
+        check(config)
+        attack = build_attack(config)
+        if attack is None:
+            raise UsageError(f"study.attacks.{name}: attacks nothing; choose an attack, see fedleak list")
+        check_attack(attack, config)
+        return attack, ThreatModel(**config["threat"])
+
+    def _attacked(
+        self, job: Job, data: ImageData, cell: Cell, advance: Callable[[int, str], None]
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The rows of one cell, `CHUNK` networks at a time."""
+        attack, threat = self._attack(job, cell.attack, cell.batch_size)
+        what = f"{cell.attack} on {cell.data}, batch size {cell.batch_size}"
+        for first in range(0, cell.networks, CHUNK):
+            numbers = range(first, min(first + CHUNK, cell.networks))
+            victims = draw_victims(data, job.config["model"], numbers, cell.batch_size, threat, job.seed)
+
+            def tell(state: Progress, first: int = first) -> None:
+                advance(0, f"{what}: {first + state.done} done, {state.evaluations_per_second:,.0f}/s")
+
+            found = attack(victims.observations, victims.knowledge, device=job.device, seed=job.seed, on_progress=tell)
+            where = {"data": cell.data, "attack": cell.attack, "batch_size": cell.batch_size}
+            yield [
+                {**where, "network": number, **judge(reconstruction, truth)}
+                for number, reconstruction, truth in zip(numbers, found, victims.truths, strict=True)
+            ]
+            advance(len(numbers), what)
+
+
+def _short(value: float) -> float:
+    """Four significant digits: what a table of thousands of rows needs."""
+    return float(f"{value:.4g}")
