@@ -1,18 +1,22 @@
 """Studies over many fresh networks or federations: ``fedleak run experiment=NAME`` and ``fedleak labels``."""
 
 from fedleak.studies.base import Job, Results, Study, build_study, run_study
+from fedleak.studies.biased_data import BiasedData
 from fedleak.studies.federations import Cells, cell_config, check_cells, run_cells
-from fedleak.studies.labels import LabelInferenceStudy
 from fedleak.studies.fresh import FreshNetworks
 from fedleak.studies.idlg_table1 import IdlgTable1
+from fedleak.studies.labels import LabelInferenceStudy
+from fedleak.studies.rounds import Rounds
 
 __all__ = [
+    "BiasedData",
     "Cells",
+    "FreshNetworks",
+    "IdlgTable1",
     "Job",
     "LabelInferenceStudy",
     "Results",
-    "FreshNetworks",
-    "IdlgTable1",
+    "Rounds",
     "Study",
     "build_study",
     "cell_config",
