@@ -157,11 +157,10 @@ def attack(arguments: list[str]) -> int:
     run_dir = Path(str(given["run_dir"].value()))
     if not run_dir.is_dir():
         raise UsageError(f"run_dir={run_dir}: no such folder; name an earlier run's")
+    free = (*CHANGEABLE, "device", "seed", "output_dir")
     for key in given:
-        if key.split("/")[0].split(".")[0] not in ("run_dir", "output_dir", "attack", "threat", "device", "seed"):
-            raise UsageError(
-                f"{key}: fixed by the run in {run_dir}; only attack, threat, device, seed and output_dir can change"
-            )
+        if key.split("/")[0].split(".")[0] not in ("run_dir", *free):
+            raise UsageError(f"{key}: fixed by the run in {run_dir}; only {', '.join(free)} can change")
     before = run_dir / ".hydra" / "overrides.yaml"
     if not (run_dir / "captures" / "index.jsonl").is_file():
         raise UsageError(f"run_dir={run_dir}: no captures there; name the folder of a fedleak run")
@@ -183,6 +182,10 @@ def attack(arguments: list[str]) -> int:
     return 0
 
 
+CHANGEABLE = ("attack", "threat", "tracking")
+"""Groups that an attack on an earlier run may choose anew."""
+
+
 def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
     """The earlier run's overrides under today's: a newly chosen group drops what was set inside it before."""
     from fedleak.config import parse
@@ -191,7 +194,7 @@ def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
     kept = []
     for override, parsed in zip(earlier, parse(earlier), strict=True):
         key = parsed.key_or_group
-        inside = any(key == n or (n in ("attack", "threat") and key.startswith((f"{n}.", f"{n}/"))) for n in new)
+        inside = any(key == n or (n in CHANGEABLE and key.startswith((f"{n}.", f"{n}/"))) for n in new)
         if not inside and key not in ("output_dir", "device"):
             kept.append(override)
     return [*kept, *now]
@@ -326,7 +329,7 @@ def _show(console: Console, outcome: Outcome) -> None:
     """The table, where the results are, and the page to open."""
     from fedleak.report.html import write_report
 
-    page = write_report([outcome.folder], outcome.folder / "report.html")
+    page = outcome.report or write_report([outcome.folder], outcome.folder / "report.html")
     console.table(outcome.table)
     console.say(f"results in {outcome.folder}")
     picture = outcome.folder / "reconstructions.png"

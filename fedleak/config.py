@@ -60,6 +60,19 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
+def flat(node: Any, prefix: str = "") -> dict[str, str]:
+    """A plain config as dotted key -> value; of a class, its name alone."""
+    if not isinstance(node, Mapping):
+        return {prefix.rstrip("."): "" if node is None else str(node)}
+    values: dict[str, str] = {}
+    for key, value in node.items():
+        if key == "_target_":
+            values[prefix.rstrip(".") or "_target_"] = str(value).rsplit(".", 1)[-1]
+        else:
+            values |= flat(value, f"{prefix}{key}.")
+    return values
+
+
 def expand_sweep(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job of a ``--multirun``, without running any."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper

@@ -25,15 +25,25 @@ from fedleak.attacks.store import ReconstructionStore
 from fedleak.capture import CaptureStore, Observation
 from fedleak.console import Console
 from fedleak.errors import UsageError
-from fedleak.evaluation.scores import ATTACK_COLUMNS, LEAKAGE_COLUMNS, Match, match, round_table, score, summarise
+from fedleak.evaluation.scores import (
+    ATTACK_COLUMNS,
+    LEAKAGE_COLUMNS,
+    Match,
+    leakage_by_round,
+    match,
+    round_table,
+    score,
+    summarise,
+)
 from fedleak.federation.client import make_client_app
 from fedleak.federation.local_update import local_update
 from fedleak.federation.rounds import is_due
 from fedleak.federation.scenario import Scenario, build_scenario, resolve_device
-from fedleak.federation.server import make_server_app
+from fedleak.federation.server import RoundRow, make_server_app
 from fedleak.instantiate import instantiate
 from fedleak.threads import one_thread
 from fedleak.threat import ThreatModel
+from fedleak.tracking import NoTracker, Tracker, build_tracker, finite, tracked
 from fedleak.truth import Truth, TruthStore
 
 
@@ -45,11 +55,13 @@ class Outcome:
         folder: where tables and pictures are.
         table: per round, test accuracy, label accuracy and images recovered.
         summary: what `summary.json` holds.
+        report: the page, where a tracker has asked for it already.
     """
 
     folder: Path
     table: pd.DataFrame
     summary: dict[str, Any]
+    report: Path | None = None
 
 
 def prepare(config: Mapping[str, Any]) -> tuple[Scenario, Attack | None, Any]:
@@ -63,6 +75,7 @@ def prepare(config: Mapping[str, Any]) -> tuple[Scenario, Attack | None, Any]:
     if attack is not None:
         check_attack(attack, config)
     scenario = build_scenario(config)
+    build_tracker(config)
     assert scenario.device == device
     return scenario, attack, instantiate(config["engine"], "engine")
 
@@ -81,17 +94,24 @@ def run(config: Mapping[str, Any], folder: Path, console: Console, command: Sequ
     scenario, attack, engine = prepare(config)
     console.headline(describe(config, scenario.device))
 
-    # 2. The federation: clients train, the eavesdropper keeps every update.
-    with console.federation(scenario.federation.rounds) as on_row:
-        server_app = make_server_app(scenario, folder, on_row=on_row)
-        client_app = make_client_app(config, folder.absolute() / "truth")
-        engine.run(server_app, client_app, scenario.federation.clients)
+    with tracked(config, folder) as tracker:
+        # 2. The federation: clients train, the eavesdropper keeps every update.
+        with console.federation(scenario.federation.rounds) as show:
 
-    # 3. The attack, on all captured rounds in one call; it sees the captures and nothing else.
-    attacked = None if attack is None else attack_captures(config, folder, attack, console)
+            def on_row(row: RoundRow) -> None:
+                show(row)
+                learned = {"test_accuracy": row.test_accuracy, "train_loss": row.train_loss}
+                tracker.log(row.round, finite(learned, "federation/"))
 
-    # 4. The judgement, which alone opens the ground truth.
-    return judge(config, folder, folder, attacked, time.perf_counter() - started, command)
+            server_app = make_server_app(scenario, folder, on_row=on_row)
+            client_app = make_client_app(config, folder.absolute() / "truth")
+            engine.run(server_app, client_app, scenario.federation.clients)
+
+        # 3. The attack, on all captured rounds in one call; it sees the captures and nothing else.
+        attacked = None if attack is None else attack_captures(config, folder, attack, console)
+
+        # 4. The judgement, which alone opens the ground truth.
+        return judge(config, folder, folder, attacked, time.perf_counter() - started, command, tracker)
 
 
 def attack_again(
@@ -109,9 +129,10 @@ def attack_again(
     if attack is None:
         raise UsageError("attack=none: there is nothing to do; choose an attack, see fedleak list")
     check_attack(attack, config)
-    attacked = attack_captures(config, run_dir, attack, console)
-    folder.mkdir(parents=True, exist_ok=True)
-    return judge(config, run_dir, folder, attacked, time.perf_counter() - started, command)
+    with tracked(config, folder) as tracker:
+        attacked = attack_captures(config, run_dir, attack, console)
+        folder.mkdir(parents=True, exist_ok=True)
+        return judge(config, run_dir, folder, attacked, time.perf_counter() - started, command, tracker)
 
 
 @dataclass(frozen=True)
@@ -211,8 +232,9 @@ def judge(
     attacked: Attacked | None,
     seconds: float,
     command: Sequence[str],
+    tracker: Tracker,
 ) -> Outcome:
-    """Join reconstructions with the ground truth; write tables, pictures and summary."""
+    """Join reconstructions with the ground truth; write tables, pictures and summary, and tell the tracker."""
     truths = TruthStore(run_dir / "truth")
     attack_rows, leakage_rows = [], []
     matches: list[Match] = []
@@ -254,7 +276,26 @@ def judge(
         "reconstructions": os.path.relpath(attacked.where, folder) if attacked else None,
     }
     tensorfile.write_atomically(folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    return Outcome(folder, round_table(rounds, attacks, leakage), summary)
+    report = None
+    if not isinstance(tracker, NoTracker):
+        report = tell(tracker, folder, attacks, leakage, summary)
+    return Outcome(folder, round_table(rounds, attacks, leakage), summary, report)
+
+
+def tell(
+    tracker: Tracker, folder: Path, attacks: pd.DataFrame, leakage: pd.DataFrame, summary: Mapping[str, Any]
+) -> Path:
+    """Hand a finished run's leakage, pictures, tables and report to its tracker; returns the report."""
+    from fedleak.report.html import write_report
+
+    report = write_report([folder], folder / "report.html")
+    for number, leaked in leakage_by_round(attacks, leakage).items():
+        tracker.log(number, finite(leaked, "leakage/"))
+    for pattern in ("*.png", "*.csv", "summary.json", report.name):
+        for path in sorted(folder.glob(pattern)):
+            tracker.keep(path.absolute())
+    tracker.finish(finite(summary))
+    return report
 
 
 def update_residual(

@@ -1,4 +1,4 @@
-"""Every choice of the groups data, partition, model and defense says what it is and can be instantiated."""
+"""Every choice of the groups data, partition, model, defense and tracking says what it is and can be instantiated."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_the_choices_are_those_of_the_contract():
     assert names["defense"] >= {"none", "gaussian", "laplacian", "pruning", "chain"}
 
 
-@pytest.mark.parametrize("path", choices("data", "partition", "model", "defense"))
+@pytest.mark.parametrize("path", choices("data", "partition", "model", "defense", "tracking"))
 def test_the_first_line_says_what_it_is(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")

@@ -43,6 +43,7 @@ def test_all_groups_of_the_contract_exist():
     assert {"none", "gaussian", "laplacian", "pruning"} <= names["defense"]
     assert {"local", "ray"} <= names["engine"]
     assert {"lenet", "mlp"} <= names["model"]
+    assert {"none", "tensorboard", "mlflow"} <= names["tracking"]
 
 
 def test_a_chosen_group_changes_everything_it_names():

@@ -30,6 +30,7 @@ def test_a_run_directory_holds_what_the_contract_says(small_run):
         "leakage.csv",
         "summary.json",
         "reconstructions.png",
+        "evolution.png",
         "report.html",
     }
     columns = {

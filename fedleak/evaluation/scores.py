@@ -285,6 +285,27 @@ def round_table(rounds: pd.DataFrame, attacks: pd.DataFrame, leakage: pd.DataFra
     return table.reset_index(drop=True)
 
 
+def leakage_by_round(attacks: pd.DataFrame, leakage: pd.DataFrame) -> dict[int, dict[str, float]]:
+    """What leaked in each attacked round.
+
+    Args:
+        attacks, leakage: the tables.
+
+    Returns:
+        round -> ``label_accuracy`` (mean over the round's observations), ``recovered`` (share of its images) and
+        ``median_psnr`` (dB, inf where exact); NaN where the truth is missing.
+    """
+    number = _numbers(leakage, "round")
+    table = pd.DataFrame(
+        {
+            "label_accuracy": _numbers(attacks, "label_accuracy").groupby(_numbers(attacks, "round")).mean(),
+            "recovered": _flags(leakage, "recovered").groupby(number).mean(),
+            "median_psnr": _numbers(leakage, "psnr").groupby(number).median(),
+        }
+    )
+    return {int(round): {str(k): float(v) for k, v in row.items()} for round, row in table.iterrows()}  # type: ignore[call-overload]
+
+
 def _pair_labels(true: list[int], inferred: list[int]) -> list[int | None]:
     """For each true label the inferred one it is paired with: equal ones first, then whatever is left, in order."""
     left = list(inferred)

@@ -15,6 +15,7 @@ import pandas as pd
 import yaml
 
 from fedleak.attacks.store import ReconstructionStore
+from fedleak.config import flat
 from fedleak.errors import UsageError
 from fedleak.evaluation.scores import ATTACK_COLUMNS, LEAKAGE_COLUMNS, Match, match
 from fedleak.truth import TruthStore
@@ -62,7 +63,7 @@ class RunData:
         """The configuration as dotted key -> value; of a class, its name alone."""
         return {
             key: value
-            for key, value in _flat(self.config).items()
+            for key, value in flat(self.config).items()
             if not key.startswith(("hydra.", "output_dir", "tracking"))
         }
 
@@ -249,15 +250,3 @@ def _table(run: RunData, path: Path, columns: Sequence[str]) -> pd.DataFrame:
         if column in table:
             table[column] = table[column].astype(int)
     return table
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(node, Mapping):
-        flat: dict[str, str] = {}
-        for key, value in node.items():
-            if key == "_target_":
-                flat[prefix.rstrip(".") or "_target_"] = str(value).rsplit(".", 1)[-1]
-            else:
-                flat |= _flat(value, f"{prefix}{key}.")
-        return flat
-    return {prefix.rstrip("."): "" if node is None else str(node)}

@@ -11,6 +11,7 @@ from fedleak.evaluation.scores import (
     ATTACK_COLUMNS,
     LEAKAGE_COLUMNS,
     failed,
+    leakage_by_round,
     match,
     round_table,
     score,
@@ -90,6 +91,18 @@ def test_frames_follow_the_image_that_was_matched_at_the_end():
     assert torch.equal(alone[1].frames[1].image, halves[1][1][1])
     assert [frame.mse for frame in alone[1].frames] == [None] * 3
     assert match(rebuilt(shuffled, [7, 2]), truth)[0].frames == ()
+
+
+def test_leakage_by_round():
+    attacks = pd.DataFrame({"round": [1, 1, 3, 5], "label_accuracy": [1.0, 0.5, 0.25, None]})
+    leakage = pd.DataFrame(
+        {"round": [1, 1, 3, 5], "recovered": [True, False, True, None], "psnr": [40.0, 10.0, math.inf, None]}
+    )
+    found = leakage_by_round(attacks, leakage)
+    assert found[1] == {"label_accuracy": 0.75, "recovered": 0.5, "median_psnr": 25}
+    assert found[3] == {"label_accuracy": 0.25, "recovered": 1, "median_psnr": math.inf}
+    assert list(found) == [1, 3, 5]
+    assert all(math.isnan(value) for value in found[5].values())
 
 
 def test_a_failed_attack_has_a_row_and_no_leakage():
