@@ -3,6 +3,7 @@
 from fedleak.studies.base import Job, Results, Study, build_study, run_study
 from fedleak.studies.biased_data import BiasedData
 from fedleak.studies.federations import Cells, cell_config, check_cells, run_cells
+from fedleak.studies.first_defenses import FirstDefenses
 from fedleak.studies.fresh import FreshNetworks
 from fedleak.studies.idlg_table1 import IdlgTable1
 from fedleak.studies.labels import LabelInferenceStudy
@@ -11,6 +12,7 @@ from fedleak.studies.rounds import Rounds
 __all__ = [
     "BiasedData",
     "Cells",
+    "FirstDefenses",
     "FreshNetworks",
     "IdlgTable1",
     "Job",

@@ -1,0 +1,317 @@
+"""Where noise and pruning stop DLG and iDLG, and what they cost: the first defenses that the DLG paper tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fedleak.attacks import Attack
+from fedleak.capture import Observation
+from fedleak.config import Rule, check, is_number, whole
+from fedleak.defenses import Defense, Gaussian, Laplacian, NoDefense, Pruning
+from fedleak.errors import UsageError
+from fedleak.evaluation.intervals import normal, wilson
+from fedleak.evaluation.metrics import mse, psnr, ssim
+from fedleak.evaluation.scores import Match, match
+from fedleak.pipeline import build_attack, check_attack, write_csv
+from fedleak.report.pictures import pixels
+from fedleak.seeding import generator
+from fedleak.studies.base import Job, Study, require
+from fedleak.studies.captured import image_summary
+from fedleak.studies.federations import cell_config, check_cells, run_cells
+from fedleak.studies.fresh import Victims, draw_victims
+from fedleak.studies.named_data import load_named
+from fedleak.threat import ThreatModel
+
+KEYS = ["attack", "defense", "strength"]
+CLEAN, CONTROL, GUESS = "none", "pure noise", "guess"
+OVERRIDES = {"gaussian": "std", "laplacian": "scale", "pruning": "ratio"}
+"""Defense -> the key of its strength."""
+
+_strengths = Rule(
+    lambda v: isinstance(v, list) and len(v) > 0 and all(is_number(x) and x > 0 for x in v), "a list of numbers above 0"
+)
+
+
+class PureNoise(Defense):
+    """The control: noise alone, of the size of each tensor, so that nothing of the private batch is left."""
+
+    def apply(self, update: dict[str, Tensor], *, generator: torch.Generator) -> dict[str, Tensor]:
+        return {
+            name: value.square().mean().sqrt() * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            for name, value in update.items()
+        }
+
+
+class FirstDefenses(Study):
+    """Attacks on single defended images, a fresh network each, and the test accuracy of defended federations.
+
+    The model is the configuration's, and the federations are those of its `federation`, for `rounds` rounds.
+
+    Args:
+        attacks: name -> overrides, such as ``[attack=dlg, attack.restarts=1]``; each attacks all updates in one call.
+        gaussian, laplacian: standard deviations of the noise, of both kinds, in the units of the gradient.
+        pruning: fractions of the gradient set to zero.
+        victims: private images, and networks.
+        leak_data: choice of ``data`` whose images are attacked.
+        utility_data: choice of ``data`` that the federations learn.
+        roots: data set -> the folder of its files.
+        rounds: of each federation.
+        seeds: federations for each strength, from the configuration's seed on.
+    """
+
+    def __init__(
+        self,
+        attacks: Mapping[str, Sequence[str]],
+        gaussian: Sequence[float],
+        laplacian: Sequence[float],
+        pruning: Sequence[float],
+        victims: int,
+        leak_data: str,
+        utility_data: str,
+        roots: Mapping[str, str | None],
+        rounds: int,
+        seeds: int,
+    ) -> None:
+        self.strengths = {"gaussian": gaussian, "laplacian": laplacian, "pruning": pruning}
+        for name, strengths in self.strengths.items():
+            require(name, strengths, _strengths)
+        for key, value in (("victims", victims), ("rounds", rounds), ("seeds", seeds)):
+            require(key, value, whole(1))
+        for ratio in pruning:
+            if ratio >= 1:
+                raise UsageError(f"study.pruning={ratio}: must be below 1, the fraction to zero")
+        self.attacks = attacks
+        self.victims = victims
+        self.leak_data = leak_data
+        self.utility_data = utility_data
+        self.roots = roots
+        self.rounds = rounds
+        self.seeds = seeds
+
+    def check(self, job: Job) -> None:
+        """The data are there, the attacks can be made of their overrides, and the federations can run."""
+        load_named([self.leak_data], self.roots)
+        for name in self.attacks:
+            self._attack(job, name)
+        check_cells(job, self._cells(job))
+
+    def run(self, job: Job) -> pd.DataFrame:
+        """Write ``results.csv``, ``utility.csv``, ``summary.csv`` and the pictures."""
+        data = load_named([self.leak_data], self.roots)[self.leak_data]
+        clean = draw_victims(data, job.config["model"], range(self.victims), 1, ThreatModel(), job.seed)
+        defended, changes = self._defended(clean, job.seed)
+        labelled = self._defenses()
+        results = job.results()
+        results.add(_guesses(clean, data.classes, job.seed))
+        for name in self.attacks:
+            attack = self._attack(job, name)
+            with job.console.attack(name, len(defended.observations)) as on_progress:
+                found = attack(
+                    defended.observations,
+                    defended.knowledge,
+                    device=job.device,
+                    seed=job.seed,
+                    on_progress=on_progress,
+                )
+            pairs = [match(one, truth)[0] for one, truth in zip(found, defended.truths, strict=True)]
+            for one, pair, change in zip(found, pairs, changes, strict=True):
+                defense, strength, _ = labelled[one.client]
+                results.add(
+                    [
+                        {"attack": name, "defense": defense, "strength": strength, "victim": one.round - 1}
+                        | {"label_right": pair.label_true == pair.label_inferred, "change": change}
+                        | {key: getattr(pair, key) for key in ("mse", "psnr", "ssim", "recovered")}
+                        | {"objective": one.objective, "evaluations": one.evaluations, "stop_reason": one.stop_reason}
+                    ]
+                )
+            _grid(pairs, [(d, s) for d, s, _ in labelled], name, job.folder / f"{name}.png")
+
+        utility = job.results("utility.csv")
+        places = self._places(job)
+        for name, outcome in run_cells(job, self._cells(job)):
+            place = dict(zip(("defense", "strength", "seed"), places[name], strict=True))
+            utility.add([place | {"test_accuracy": outcome.summary["final_test_accuracy"]}])
+        summary = _summarise(results.frame, utility.frame)
+        write_csv(summary, job.folder / "summary.csv")
+        _draw(summary, self.leak_data, self.utility_data, job.folder / "first_defenses.png")
+        return summary[[*KEYS, "change", "label_accuracy", "recovered", "mse", "psnr", "ssim", "test_accuracy"]]
+
+    def _defenses(self) -> list[tuple[str, float, Defense]]:
+        """(name, strength, defense) of every column of the study, the clean update and the control among them."""
+        made: list[tuple[str, float, Defense]] = [(CLEAN, 0.0, NoDefense())]
+        made += [("gaussian", std, Gaussian(std)) for std in self.strengths["gaussian"]]
+        # A Laplacian's standard deviation is √2 times its scale: equal numbers mean equal noise.
+        made += [("laplacian", std, Laplacian(std / 2**0.5)) for std in self.strengths["laplacian"]]
+        made += [("pruning", ratio, Pruning(ratio)) for ratio in self.strengths["pruning"]]
+        return [*made, (CONTROL, 1.0, PureNoise())]
+
+    def _defended(self, clean: Victims, seed: int) -> tuple[Victims, list[float]]:
+        """Every victim's update under every defense, numbered as clients, and the relative ℓ2 distance it was moved."""
+        observations: list[Observation] = []
+        truths, changes = [], []
+        for observation, truth in zip(clean.observations, clean.truths, strict=True):
+            size = _norm(observation.update)
+            for column, (name, strength, defense) in enumerate(self._defenses()):
+                random = generator(seed, "defense", name, str(strength), observation.round)
+                update = defense.apply(dict(observation.update), generator=random)
+                observations.append(replace(observation, client=column, update=update))
+                truths.append(replace(truth, client=column))
+                changes.append(_norm({n: update[n] - value for n, value in observation.update.items()}) / size)
+        return replace(clean, observations=observations, truths=truths), changes
+
+    def _attack(self, job: Job, name: str) -> Attack:
+        config = cell_config(job, ["federation=fedsgd", *self.attacks[name], "federation.batch_size=1"])
+        check(config)
+        attack = build_attack(config)
+        if attack is None:
+            raise UsageError(f"study.attacks.{name}: attacks nothing; choose an attack, see fedleak list")
+        check_attack(attack, config)
+        return attack
+
+    def _places(self, job: Job) -> dict[str, tuple[str, float, int]]:
+        """Cell's name -> defense, strength, seed."""
+        return {
+            f"{name} {strength} seed-{seed}": (name, strength, seed)
+            for name, strength, _ in self._defenses()
+            if name != CONTROL
+            for seed in range(job.seed, job.seed + self.seeds)
+        }
+
+    def _cells(self, job: Job) -> dict[str, list[str]]:
+        root = self.roots.get(self.utility_data)
+        data = [f"data={self.utility_data}", *([] if root is None else [f"data.root='{root}'"])]
+        once = [f"federation.{key}={self.rounds}" for key in ("rounds", "evaluate_every", "capture_every")]
+        return {
+            cell: [*data, *once, "attack=none", *_override(name, strength), f"seed={seed}"]
+            for cell, (name, strength, seed) in self._places(job).items()
+        }
+
+
+def _override(name: str, strength: float) -> list[str]:
+    if name == CLEAN:
+        return ["defense=none"]
+    return [f"defense={name}", f"defense.{OVERRIDES[name]}={strength / 2**0.5 if name == 'laplacian' else strength}"]
+
+
+def _norm(update: Mapping[str, Tensor]) -> float:
+    return float(sum(float(value.double().square().sum()) for value in update.values())) ** 0.5
+
+
+def _guesses(victims: Victims, classes: int, seed: int) -> list[dict[str, Any]]:
+    """What is worth nothing: a grey image with a random label."""
+    rows = []
+    for truth in victims.truths:
+        grey = torch.full_like(truth.images, 0.5)
+        label = int(torch.randint(classes, (), generator=generator(seed, "guess", truth.round)))
+        rows.append(
+            {"attack": GUESS, "defense": GUESS, "strength": 0.0, "victim": truth.round - 1}
+            | {"label_right": label == int(truth.labels[0]), "mse": float(mse(truth.images, grey)), "recovered": False}
+            | {"psnr": float(psnr(truth.images, grey)), "ssim": float(ssim(truth.images, grey))}
+        )
+    return rows
+
+
+def _summarise(results: pd.DataFrame, utility: pd.DataFrame) -> pd.DataFrame:
+    """A row an attack and strength: leakage with 95% intervals over victims, test accuracy over seeds."""
+    costs = []
+    for (defense, strength), group in utility.groupby(["defense", "strength"], sort=False):
+        low, high = normal(group["test_accuracy"])
+        costs.append(
+            {"defense": defense, "strength": strength, "test_accuracy": round(group["test_accuracy"].mean(), 4)}
+            | {"accuracy_low": round(low, 4), "accuracy_high": round(high, 4)}
+        )
+    labels = []
+    for key, group in results.groupby(KEYS, sort=False):
+        share = float(group["label_right"].astype(float).mean())
+        low, high = wilson(share, len(group))
+        labels.append(
+            dict(zip(KEYS, key, strict=True))
+            | {"label_accuracy": round(share, 4), "label_low": round(low, 4), "label_high": round(high, 4)}
+            | {"change": float(f"{group['change'].median():.4g}"), "evaluations": group["evaluations"].median()}
+        )
+    table = pd.DataFrame(labels).merge(image_summary(results, KEYS), on=KEYS)
+    return table.merge(pd.DataFrame(costs), on=["defense", "strength"], how="left")
+
+
+def _short(defense: str, strength: float) -> str:
+    if defense == "pruning":
+        return f"{strength:.0%}"
+    return f"{strength:.0e}".replace("e-0", "e-") if defense in OVERRIDES else ""
+
+
+def _grid(pairs: Sequence[Match], columns: Sequence[tuple[str, float]], attack: str, path: Path, most: int = 6) -> None:
+    """The first victims, a row each: the private image, then what was rebuilt under each defense."""
+    rows = sorted({pair.round for pair in pairs})[:most]
+    size = 0.72
+    figure = Figure(figsize=(size * (len(columns) + 1) + 0.3, size * len(rows) + 0.95), layout="constrained")
+    axes = np.atleast_2d(figure.subplots(len(rows), len(columns) + 1))
+    by_place = {(pair.round, pair.client): pair for pair in pairs}
+    for row, number in enumerate(rows):
+        for column in range(len(columns) + 1):
+            panel, pair = axes[row, column], by_place[number, max(0, column - 1)]
+            image = pair.true if column == 0 else pair.rebuilt
+            assert image is not None
+            panel.imshow(pixels(image))
+            panel.set(xticks=[], yticks=[])
+            leaked = column > 0 and bool(pair.recovered)
+            for spine in panel.spines.values():
+                spine.set(color="#c03a06" if leaked else "#c9ced6", linewidth=2 if leaked else 0.5)
+            if row == 0:
+                title = "true" if column == 0 else "\n".join((columns[column - 1][0], _short(*columns[column - 1])))
+                panel.set_title(title, fontsize=7)
+    figure.suptitle(f"{attack}: rebuilt from defended updates (framed: mean squared error below 1e-3)", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(summary: pd.DataFrame, leak_data: str, utility_data: str, path: Path) -> None:
+    """A column a defense: what leaks and what is learnt against its strength; below, how close the images came."""
+    figure = Figure(figsize=(14, 7.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharey="row")
+    attacks = [name for name in dict.fromkeys(summary["attack"]) if name != GUESS]
+    colors = dict(zip(attacks, ("#0f766e", "#c2410c", "C4", "C5", "C6"), strict=False))
+    guess = summary[summary["attack"] == GUESS].iloc[0]
+    for (above, below), defense in zip(panels.T, OVERRIDES, strict=True):
+        part = summary[summary["defense"].isin([CLEAN, defense])]
+        first = part[part["attack"] == attacks[0]]
+        places = np.arange(len(first))
+        for i, attack in enumerate(attacks):
+            mine, shifted = part[part["attack"] == attack], places + 0.12 * (i - (len(attacks) - 1) / 2)
+            look = {"marker": "o", "markersize": 4, "capsize": 2, "color": colors[attack]}
+            above.errorbar(
+                shifted, mine["recovered"], _spread(mine, "recovered", "low", "high"),
+                label=f"{attack}: images recovered", **look,
+            )  # fmt: skip
+            above.errorbar(
+                shifted, mine["label_accuracy"], _spread(mine, "label_accuracy", "label_low", "label_high"),
+                linestyle=":", label=f"{attack}: labels right", **look,
+            )  # fmt: skip
+            below.errorbar(shifted, mine["psnr"], _spread(mine, "psnr", "psnr_low", "psnr_high"), **look)
+        above.errorbar(
+            places, first["test_accuracy"], _spread(first, "test_accuracy", "accuracy_low", "accuracy_high"),
+            color="#1d4ed8", marker="s", markersize=4, linewidth=2, capsize=2, label=f"test accuracy on {utility_data}",
+        )  # fmt: skip
+        below.axhline(guess["psnr"], color="0.5", linestyle=":", linewidth=1)
+        names = [CLEAN if name == CLEAN else _short(name, strength) for name, strength in first[KEYS[1:]].to_numpy()]
+        for panel in (above, below):
+            panel.set_xticks(places, names)
+            panel.grid(alpha=0.25)
+        above.set_title(f"{defense}: " + ("fraction set to zero" if defense == "pruning" else "standard deviation"))
+        above.set_ylim(-0.02, 1.02)
+        below.set_ylim(bottom=0)
+    panels[1, 0].set_ylabel("median PSNR, dB (dotted: a grey image)")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(f"What defenses stop on {leak_data} images, and what they cost (bars: 95% intervals)")
+    figure.savefig(path, dpi=100)
+
+
+def _spread(table: pd.DataFrame, value: str, low: str, high: str) -> list[pd.Series]:
+    return [(table[value] - table[low]).clip(lower=0), (table[high] - table[value]).clip(lower=0)]
