@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from fedleak import tensorfile
-from fedleak.config import Rule, parse
+from fedleak.config import Rule, parse, whole
 from fedleak.console import Console
 from fedleak.errors import UsageError
 from fedleak.federation.scenario import resolve_device
@@ -161,6 +161,15 @@ def run_study(study: Study, job: Job, command: Sequence[str] = ()) -> pd.DataFra
     }
     tensorfile.write_atomically(job.folder / "study.json", (json.dumps(facts, indent=2) + "\n").encode())
     return table
+
+
+def list_of(least: int) -> Rule:
+    """A list of whole numbers from `least`, at least one."""
+    one = whole(least)
+    return Rule(
+        lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(one.test, v)),
+        f"a list of whole numbers from {least}",
+    )
 
 
 def require(key: str, value: Any, rule: Rule) -> None:

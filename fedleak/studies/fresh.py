@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -25,7 +25,7 @@ from fedleak.federation.scenario import load_data
 from fedleak.models import build_model
 from fedleak.pipeline import build_attack, check_attack, write_csv
 from fedleak.seeding import derive_seed, generator
-from fedleak.studies.base import Job, Study, require
+from fedleak.studies.base import Job, Study, list_of, require
 from fedleak.studies.federations import cell_config
 from fedleak.studies.named_data import load_named
 from fedleak.threat import ThreatModel
@@ -120,8 +120,8 @@ def last_labels(reconstruction: Reconstruction) -> Tensor:
 
 
 def blown_up(trace: Sequence[tuple[int, float]]) -> bool | None:
-    """Whether a start ended no better than it began, or at a value that is no number; None without a trace."""
-    return not trace[-1][1] < trace[0][1] if trace else None
+    """Whether a start ended no better than it began, or at a value that is no number; None without such a trace."""
+    return not trace[-1][1] < trace[0][1] if len(trace) > 1 else None
 
 
 class FreshNetworks(Study):
@@ -147,18 +147,16 @@ class FreshNetworks(Study):
         roots: Mapping[str, str | None] | None = None,
         fewer: Mapping[str, Mapping[str, int]] | None = None,
     ) -> None:
-        size = whole(1)
-        several = Rule(lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(size.test, v)), f"{size.mend}s")
-        require("batch_sizes", batch_sizes, replace(several, mend=f"a list of {several.mend}"))
+        require("batch_sizes", batch_sizes, list_of(1))
+        require("networks", networks, whole(1) if isinstance(networks, int) else list_of(1))
         counts = [networks] * len(batch_sizes) if isinstance(networks, int) else networks
-        require("networks", counts if isinstance(counts, list) else networks, several)
         if len(counts) != len(batch_sizes):
             raise UsageError(f"study.networks={networks}: must be one number, or one for each of {batch_sizes}")
         named = Rule(lambda v: v is None or (isinstance(v, list) and len(v) > 0), "a list of choices of data")
         require("datasets", datasets, named)
         for data, by_attack in (fewer or {}).items():
             for attack, count in by_attack.items():
-                require(f"fewer.{data}.{attack}", count, size)
+                require(f"fewer.{data}.{attack}", count, whole(1))
                 if attack not in attacks:
                     raise UsageError(f"study.fewer.{data}.{attack}: no such attack here; known: {', '.join(attacks)}")
         self.attacks = attacks

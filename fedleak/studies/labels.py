@@ -27,17 +27,10 @@ from fedleak.instantiate import instantiate
 from fedleak.models import build_model
 from fedleak.pipeline import write_csv
 from fedleak.seeding import derive_seed, generator
-from fedleak.studies.base import Job, Study
+from fedleak.studies.base import Job, Study, list_of
 
 CONTROL = "random"
 OURS = "fedleak"
-
-
-def _list_of(least: int) -> Rule:
-    rule = whole(least)
-    return Rule(
-        lambda v: isinstance(v, list) and len(v) > 0 and all(rule.test(x) for x in v), f"a list of {rule.mend}s"
-    )
 
 
 PLAN = {
@@ -45,8 +38,8 @@ PLAN = {
         lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(x, str) for x in v),
         "a list of choices of attack/labels",
     ),
-    "labels.batch_sizes": _list_of(1),
-    "labels.stages": _list_of(0),
+    "labels.batch_sizes": list_of(1),
+    "labels.stages": list_of(0),
     "labels.runs": whole(1),
 }
 RULES = {
