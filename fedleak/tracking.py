@@ -63,7 +63,7 @@ class TensorBoard(Tracker):
     """
 
     def __init__(self) -> None:
-        _require("tensorboard", "tensorboard", "tensorboard")
+        _require("tensorboard", "tensorboard")
 
     def start(self, folder: Path, settings: Mapping[str, str]) -> None:
         """Open the event file."""
@@ -115,7 +115,7 @@ class MLflow(Tracker):
                 f"tracking.uri={uri}: pictures of private images would leave this machine, or MLflow keeps no such "
                 "store any more; name a local database, such as sqlite:///mlflow.db"
             )
-        _require("mlflow", "mlflow", "mlflow-skinny")
+        _require("mlflow", "mlflow")
         self.uri, self.artifacts, self.experiment = uri, Path(artifacts).absolute(), experiment
 
     def start(self, folder: Path, settings: Mapping[str, str]) -> None:
@@ -184,8 +184,8 @@ def finite(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     }
 
 
-def _require(module: str, choice: str, package: str) -> None:
-    if importlib.util.find_spec(module) is None:
+def _require(choice: str, package: str) -> None:
+    if importlib.util.find_spec(package) is None:
         raise UsageError(
-            f"tracking={choice}: the package {module} is not installed; pip install {package}, or choose tracking=none"
+            f"tracking={choice}: the package {package} is not installed; pip install {package}, or choose tracking=none"
         )

@@ -207,6 +207,9 @@ def _films(runs: Sequence[RunData]) -> Chart | None:
         if m.recovered
     )
     sentence = f"A line an image. The median error goes from {_short(first)} at the start to {_short(last)} at the end."
+    closest = sorted(min(frame.mse or 0.0 for frame in m.frames) for _, m in every)[len(every) // 2]
+    if closest < last / 2:
+        sentence += f" On the way it had come down to {_short(closest)}, which the attacker cannot see."
     if passed:
         half = passed[len(passed) // 2]
         sentence += f" Half of the recovered images were below the dashed line after {half:,} evaluations or sooner."
@@ -266,8 +269,10 @@ def _endpoints(runs: Sequence[RunData]) -> list[Chart]:
                         "stop": str(a["stop_reason"]),
                     }
                 )
-    charts = []
-    legend = {"orient": "top", "columns": 2} if len({r["stop"] for r in rows}) > 1 else None
+    charts: list[Chart] = []
+    if len({r["x"] for r in rows}) < 2:
+        return charts  # all spent the same: there is nothing to see
+    legend = {"orient": "top"} if len({r["stop"] for r in rows}) > 1 else None
     by_reason = {"color": {"field": "stop", "type": "nominal", "title": "stop reason", "legend": legend}}
     for column, title, axis in (
         ("objective", "Objective reached, against evaluations spent", "objective at the end"),
@@ -319,12 +324,15 @@ def _distributions(runs: Sequence[RunData]) -> list[Chart]:
     charts = []
     psnr_rows: list[dict[str, Any]] = []
     mse_rows: list[dict[str, Any]] = []
-    said = []
+    decibels: list[str] = []
+    errors: list[str] = []
     for run in runs:
         table = run.leakage.dropna(subset=["mse"])
         if not len(table):
             continue
-        said.append(_said(run.name, f"the median image reached {_decibels(table['mse'].median())}.", several))
+        median = table["mse"].median()
+        decibels.append(_said(run.name, f"the median image reached {_decibels(median)}.", several))
+        errors.append(_said(run.name, f"the error of the median image is {_short(median)}.", several))
         for low, count in _bins((min(max(_psnr(m), 0), 98) for m in table["mse"]), 2).items():
             end = "98 dB and more, exact copies too" if low >= 98 else f"{low} to {low + 2} dB"
             psnr_rows.append({"run": run.name, "low": low, "high": low + 2, "count": count, "range": end})
@@ -342,7 +350,7 @@ def _distributions(runs: Sequence[RunData]) -> list[Chart]:
                 }
             )
     threshold = -10 * math.log10(RECOVERED_MSE)
-    for key, title, rows, axis, scale, rule, leaked, message in (
+    for key, title, rows, axis, scale, rule, leaked, said, message in (
         (
             "psnr",
             "How close the images came: PSNR",
@@ -351,6 +359,7 @@ def _distributions(runs: Sequence[RunData]) -> list[Chart]:
             {"domain": [0, max([40, *(row["high"] for row in psnr_rows)])]},
             threshold,
             f"datum.low >= {threshold - 1e-6}",
+            decibels,
             f"Images right of the dashed line, at {threshold:.0f} dB, count as recovered.",
         ),
         (
@@ -361,6 +370,7 @@ def _distributions(runs: Sequence[RunData]) -> list[Chart]:
             {"type": "log", "domain": [min([1e-4, *(row["low"] for row in mse_rows)]), 10**0.5]},
             RECOVERED_MSE,
             f"datum.high <= {RECOVERED_MSE * (1 + 1e-6)}",
+            errors,
             f"Images left of the dashed line, at {RECOVERED_MSE:g}, count as recovered.",
         ),
     ):
@@ -605,7 +615,12 @@ def _lines(
                 "field": "round",
                 "type": "quantitative",
                 "title": "round",
-                "axis": {"tickMinStep": 1, "format": "d", "grid": False},
+                "axis": {
+                    "tickMinStep": 1,
+                    "format": "d",
+                    "grid": False,
+                    "labelExpr": "datum.value < 1 ? '' : datum.label",  # there is no round 0
+                },
                 "scale": {"zero": False, "nice": False, "padding": 12},
             },
             "y": y,
@@ -669,7 +684,7 @@ def _colour(runs: Sequence[RunData]) -> dict[str, Any]:
     """A colour a run, the same in every chart; none for a single run."""
     if len(runs) == 1:
         return {}
-    legend = {"orient": "top", "title": None, "columns": 3, "labelLimit": 170}
+    legend = {"orient": "top", "title": None, "labelLimit": 170}
     scale = {"domain": [run.name for run in runs]}
     return {"color": {"field": "run", "type": "nominal", "scale": scale, "legend": legend}}
 

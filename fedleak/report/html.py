@@ -112,10 +112,17 @@ def compare(runs: Sequence[RunData]) -> dict[str, Any]:
     settings = [run.settings() for run in runs]
     keys = list(dict.fromkeys(key for setting in settings for key in setting))
     differing = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
+    # What lies deep inside a part that is another one altogether would bury the differences that count.
+    inside = [key for key in differing if key.count(".") > 1 and any(key.startswith(f"{part}.") for part in differing)]
     outcomes = [_outcomes(run) for run in runs]
+
+    def rows(chosen: Sequence[str]) -> list[tuple[str, list[str]]]:
+        return [(key, [setting.get(key, "–") or "–" for setting in settings]) for key in chosen]
+
     return {
         "names": [run.name for run in runs],
-        "differing": [(key, [setting.get(key, "–") or "–" for setting in settings]) for key in differing],
+        "differing": rows([key for key in differing if key not in inside]),
+        "inside": rows(inside),
         "outcomes": [(key, [outcome[key] for outcome in outcomes]) for key in outcomes[0]],
         "shared": [(key, settings[0][key]) for key in keys if key not in differing],
     }
@@ -152,6 +159,7 @@ def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], list[bytes]]:
         "places": sprites.places + [(s + len(sprites.sheets), *where) for s, *where in films.places],
         "sheets": sprites.sizes + films.sizes,
         "threshold": RECOVERED_MSE,
+        "rebuilt": any(m.rebuilt is not None for _, m in shown),
     }
     largest = max((max(image.shape[-2:]) for image in images), default=0)
     notes = []
@@ -168,6 +176,7 @@ def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], list[bytes]]:
         "count": len(shown),
         "judged": any(m.recovered is not None for _, m in shown),
         "filmed": len(filmed),
+        "rebuilt": data["rebuilt"],
         "notes": notes,
         "rounds": sorted({m.round for _, m in shown}),
         "clients": sorted({m.client for _, m in shown}),
@@ -212,6 +221,8 @@ def verdict(run: RunData, summary: Mapping[str, Any]) -> str:
             f"The server rebuilt {rebuilt} images; without the private ones beside them nobody can say how close "
             "they came."
             if rebuilt
+            else "No attack was made."
+            if run.summary.get("attack") == "none"
             else "No attack was made, or its results are missing."
         )
     elif len(hit) == 0:
@@ -226,6 +237,7 @@ def verdict(run: RunData, summary: Mapping[str, Any]) -> str:
             f"({_share(len(hit) / len(known))}), {when}; they belong to {clients} of "
             f"{known['client'].nunique()} attacked client{'s' * (known['client'].nunique() != 1)}."
         )
+    said += _coverage(run)
     if summary["label_accuracy"] is not None:
         said.append(f"It inferred {_share(summary['label_accuracy'])} of the labels.")
     if summary["final_test_accuracy"] is not None:
@@ -234,6 +246,20 @@ def verdict(run: RunData, summary: Mapping[str, Any]) -> str:
             f"{summary['rounds']} round{'s' * (summary['rounds'] != 1)}."
         )
     return " ".join(said)
+
+
+def _coverage(run: RunData) -> list[str]:
+    """A sentence on what was attacked, where that is not everything."""
+    sent = run.rounds["clients"].sum()
+    if not 0 < len(run.attacks) < sent:
+        return []
+    clients, rounds = run.attacks["client"].nunique(), run.attacks["round"].nunique()
+    members = run.settings().get("federation.clients", "")
+    of = f" of {members}" if members.isdigit() and int(members) >= clients else ""
+    return [
+        f"It attacked {len(run.attacks):,} of the {sent:,.0f} updates that clients sent, from {clients}{of} "
+        f"client{'s' * (of != '' or clients != 1)} in {rounds} of {len(run.rounds)} rounds."
+    ]
 
 
 def _outcomes(run: RunData) -> dict[str, str]:
@@ -347,6 +373,8 @@ def _share(value: float | None) -> str:
 
 
 def _seconds(value: float) -> str:
+    if 0 < value < 0.05:
+        return "< 0.1 s"
     if value < 60:
         return f"{value:.1f} s"
     return f"{value / 60:.1f} min" if value < 3600 else f"{value / 3600:.1f} h"

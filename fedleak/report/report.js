@@ -3,6 +3,7 @@ const root = document.documentElement;
 const byId = (id) => document.getElementById(id);
 const json = (id) => JSON.parse(byId(id).textContent);
 const charts = json("charts-data");
+const narrow = matchMedia("(max-width: 620px)");
 
 // Light and dark: the system's choice, until the button is pressed.
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -26,7 +27,8 @@ function drawCharts() {
   };
   const config = {
     background: "transparent", font, axis, view: { stroke: null },
-    legend: { labelColor: color("ink"), titleColor: color("faint"), labelFont: font, titleFont: font, labelFontSize: 12 },
+    legend: { labelColor: color("ink"), titleColor: color("faint"), labelFont: font, titleFont: font, labelFontSize: 12,
+      columns: narrow.matches ? 1 : 3 },
     mark: { color: color("s1") }, text: { font },
     bar: { color: color("s1") }, line: { color: color("s1") }, point: { color: color("s1") },
     range: {
@@ -46,7 +48,7 @@ function drawCharts() {
 }
 
 // The gallery: a page of cards at a time, however many images there are.
-const PAGE = matchMedia("(max-width: 620px)").matches ? 24 : 48;
+const PAGE = narrow.matches ? 24 : 48;
 const gallery = byId("filters") ? json("gallery-data") : null;
 const form = byId("filters");
 let page = 0;
@@ -71,7 +73,7 @@ function thumbnail(place, alt, missing) {
   const box = element("span", "thumb", place < 0 ? missing : undefined);
   if (place < 0) return box;
   const [sheet, x, y, width, height] = gallery.places[place];
-  const side = matchMedia("(max-width: 620px)").matches ? 66 : 78;
+  const side = narrow.matches ? 66 : 78;
   const scale = side / Math.max(width, height);
   const [sheetWidth, sheetHeight] = gallery.sheets[sheet];
   const image = element("i");
@@ -108,7 +110,7 @@ function card(entry) {
   if (known || truePlace >= 0) pair.append(thumbnail(truePlace, `private image, label ${labelTrue}`, "no private image"));
   const inferred = labelInferred === null ? "none" : String(labelInferred);
   const how = recovered === null ? "" : `, ${closeness(mse)}, ${recovered ? "recovered" : "not recovered"}`;
-  pair.append(thumbnail(rebuiltPlace, `rebuilt image, inferred label ${inferred}${how}`, "not rebuilt"));
+  if (gallery.rebuilt) pair.append(thumbnail(rebuiltPlace, `rebuilt image, inferred label ${inferred}${how}`, "not rebuilt"));
   item.append(pair);
   const label = element("div", "score");
   if (known) {
@@ -154,8 +156,9 @@ function showFilm(entry) {
   byId("film-title").textContent = `How it came about: ${where(entry)}`;
   const passed = film.find(([, mse]) => mse !== null && mse < gallery.threshold);
   byId("film-says").textContent = `The best images so far, from the attack's start to what it returned.`
-    + (film[0][1] === null ? "" : passed
-      ? ` After ${passed[0].toLocaleString("en")} evaluations, at the latest, it was a copy to the eye (✓: MSE below ${gallery.threshold}).`
+    + (film[0][1] === null ? "" : passed && !(film[film.length - 1][1] < gallery.threshold)
+      ? ` After ${passed[0].toLocaleString("en")} evaluations it was a copy to the eye, but the attack, which cannot see that, went on.`
+      : passed ? ` After ${passed[0].toLocaleString("en")} evaluations, at the latest, it was a copy to the eye (✓: MSE below ${gallery.threshold}).`
       : ` It never came to an MSE below ${gallery.threshold}.`);
   byId("frames").replaceChildren(...frames);
   const all = chosen().filter((item) => item[10].length);

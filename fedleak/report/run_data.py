@@ -60,11 +60,11 @@ class RunData:
         return len(self.attacks) > 0 and bool((self.attacks["stop_reason"] == "labels_only").all())
 
     def settings(self) -> dict[str, str]:
-        """The configuration as dotted key -> value; of a class, its name alone."""
+        """The configuration as dotted key -> value, less what repeats another key; of a class, its name alone."""
         return {
             key: value
             for key, value in flat(self.config).items()
-            if not key.startswith(("hydra.", "output_dir", "tracking"))
+            if not key.startswith(("hydra.", "output_dir", "tracking")) and not value.startswith("${")
         }
 
 
@@ -100,7 +100,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     truth = home / "truth"
     if not truth.is_dir():
         run.problems.append("truth/ is not there: rebuilt images are shown without the private ones beside them.")
-    where = run.summary.get("reconstructions")
+    where = run.summary.get("reconstructions") if run.summary else _only_attack(folder)
     if where and (folder / str(where)).is_dir():
         _read_images(run, folder / str(where), TruthStore(truth))
     elif where or (attacked and len(run.leakage)):
@@ -127,6 +127,12 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
         seen[name] += 1
         names[i] = name if seen[name] == 1 else f"{name} ({seen[name]})"
     return names
+
+
+def _only_attack(folder: Path) -> Path | None:
+    """Where the reconstructions must be of a run whose summary is lost; None if that cannot be told."""
+    attacks = list((folder / "captures" / "reconstructions").glob("*"))
+    return attacks[0].relative_to(folder) if len(attacks) == 1 else None
 
 
 def _attack_settings(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,10 +196,15 @@ def _compare_counts(run: RunData) -> None:
     updates = run.summary.get("observations")
     failed = run.summary.get("failed")
     stored = len({(m.round, m.client) for m in run.matches})
+    judged = sum(m.recovered is not None for m in run.matches)
     for what, count, expected in (
         ("rounds.csv holds {} rounds", len(run.rounds), run.summary.get("rounds")),
         ("attacks.csv holds {} updates", len(run.attacks), updates),
-        ("leakage.csv holds {} scored images", int(run.leakage["recovered"].count()), run.summary.get("images")),
+        (
+            "leakage.csv holds {} scored images",
+            int(run.leakage["recovered"].count()),
+            run.summary.get("images", judged),
+        ),
         (
             "Reconstructions of {} updates are there",
             stored,

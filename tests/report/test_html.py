@@ -2,6 +2,7 @@ import io
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from fedleak.errors import UsageError
 from fedleak.report.charts import effort_charts, federation_charts, leak_charts
-from fedleak.report.html import compare, embed, verdict, write_report
+from fedleak.report.html import compare, embed, render, verdict, write_report
 from fedleak.report.run_data import distinct_names, read_run
 from fedleak.report.sprites import SETTINGS, pack
 
@@ -134,6 +135,31 @@ def test_a_damaged_reconstruction_leaves_the_others(make_run):
     assert any("damaged" in problem for problem in run.problems)
 
 
+def test_without_its_summary_a_run_still_shows_its_images(make_run):
+    folder = make_run()
+    (folder / "summary.json").unlink()
+    lines = (folder / "leakage.csv").read_text().splitlines(keepends=True)
+    (folder / "leakage.csv").write_text("".join(lines[:5]))
+    run = read_run(folder)
+    assert len(run.matches) == 12
+    assert "leakage.csv holds 4 scored images, where the run counted 12." in run.problems
+    shutil.copytree(folder / "captures/reconstructions/key", folder / "captures/reconstructions/another")
+    assert read_run(folder).matches == []
+
+
+def test_settings_deep_inside_parts_that_differ_come_after_those_that_count(make_run):
+    one, two = read_run(make_run("one")), read_run(make_run("two"))
+    one.config["attack"] = {"name": "a", "inversion": {"_target_": "x.Peeling", "tolerance": 1}, "restarts": 2}
+    two.config["attack"] = {
+        "name": "b",
+        "inversion": {"_target_": "x.Other", "again": "${attack.restarts}"},
+        "restarts": 3,
+    }
+    made = compare([one, two])
+    assert [key for key, _ in made["differing"]] == ["attack.name", "attack.inversion", "attack.restarts"]
+    assert made["inside"] == [("attack.inversion.tolerance", ["1", "–"])]
+
+
 def test_without_truth_the_rebuilt_images_are_shown(make_run):
     folder = make_run(truth=False)
     run = read_run(folder)
@@ -223,12 +249,52 @@ def test_many_rounds_and_clients_stay_legible(make_run):
     where = [(number, client) for number in range(1, 61) for client in range(45)]
     run.leakage = run.leakage.iloc[[0] * len(where)].assign(round=[n for n, _ in where], client=[c for _, c in where])
     run.attacks = run.attacks.iloc[[0] * len(where)].assign(round=[n for n, _ in where], client=[c for _, c in where])
+    run.attacks["evaluations"] = range(len(where))
     made = charts(run)
     assert len({v["client"] for v in made["clients-0"].spec["data"]["values"]}) == 40
     assert len({v["round"] for v in made["clients-0"].spec["data"]["values"]}) == 40
     assert "40 of 45 clients" in made["clients-0"].sentence
     assert "40 of 60 attacked rounds" in made["clients-0"].sentence
     assert len(made["effort-objective"].spec["data"]["values"]) == 1500
+
+
+def test_the_verdict_says_what_was_attacked_where_that_is_not_everything(make_run):
+    run = read_run(make_run(rounds=3, clients=2))
+    said = {"label_accuracy": None, "final_test_accuracy": None}
+    assert "It attacked" not in verdict(run, said)
+    run.attacks = run.attacks[(run.attacks["client"] == 1) & (run.attacks["round"] != 2)]
+    assert "It attacked 2 of the 6 updates that clients sent, from 1 of 2 clients in 2 of 3 rounds." in verdict(
+        run, said
+    )
+
+
+def test_a_run_without_an_attack_is_not_said_to_lack_one(make_run):
+    folder = make_run()
+    for name in ("attacks.csv", "leakage.csv"):
+        (folder / name).write_text((folder / name).read_text().splitlines()[0] + "\n")
+    summary = json.loads((folder / "summary.json").read_text())
+    gone = {"observations": 0, "images": 0, "failed": 0, "reconstructions": None}
+    (folder / "summary.json").write_text(json.dumps(summary | gone | {"attack": "none"}))
+    html = page(folder)
+    assert "No attack was made. The shared model" in html
+    assert "Missing or damaged" not in html
+
+
+def test_where_all_attacks_cost_the_same_the_cost_is_no_chart(make_run):
+    run = read_run(make_run())
+    assert "effort-mse" in charts(run)
+    run.attacks["evaluations"] = 1
+    assert "effort-mse" not in charts(run)
+
+
+def test_an_error_that_rises_again_is_said(make_run):
+    run = read_run(make_run(trace=True))
+    assert "which the attacker cannot see" not in charts(run)["films"].sentence
+    run.matches = [
+        replace(m, frames=(m.frames[0], replace(m.frames[1], mse=m.frames[2].mse / 9), m.frames[2]))
+        for m in run.matches
+    ]
+    assert "which the attacker cannot see" in charts(run)["films"].sentence
 
 
 def test_verdict_of_a_run_that_leaked_nothing(make_run):
@@ -248,6 +314,13 @@ def test_an_attack_on_labels_alone_is_not_said_to_have_failed_at_images(make_run
     html = page(folder)
     assert "went for the labels behind 6 updates, and tried no image. It inferred 75% of the labels." in html
     assert "Images recovered, by round" not in html
+    run = read_run(folder)
+    assert 'select name="order"' in render([run])
+    run.matches = [replace(m, rebuilt=None, mse=None, recovered=False) for m in run.matches]
+    html = render([run])
+    assert "image was tried: these are the private ones" in html
+    assert 'select name="label"' in html
+    assert 'select name="order"' not in html
     assert "Labels inferred, by round" in html
 
 
