@@ -59,6 +59,7 @@ class BatchSize(FreshNetworks):
                     panel.plot(share[these], errors[these], "o", color=f"C{number}", markerfacecolor=face, markersize=4)
                 panel.plot([], [], "o-", color=f"C{number}", label=attack.replace("_", " "))
             panel.axhline(RECOVERED_MSE, color="0.4", linewidth=0.8, linestyle=":")
+            panel.set_xlim(0, 1)
             panel.set_yscale("log")
             panel.set_title(f"batch size {size}, {len(runs)} networks")
             panel.set_xlabel("share of networks, best first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from fedleak.studies.base import Job
 from fedleak.studies.fresh import FreshNetworks
@@ -27,14 +28,17 @@ class IdlgTable1(FreshNetworks):
         """With the published label accuracy beside ours."""
         summary = super().summarise(frame)
         # The sign rule's labels are iDLG's, with or without images.
-        keys = zip(summary["data"], summary["attack"].str.removesuffix("_labels"), strict=True)
-        summary.insert(4, "published", [PUBLISHED.get(key, np.nan) for key in keys])
+        cells = zip(summary["data"], summary["attack"].str.removesuffix("_labels"), strict=True)
+        summary.insert(4, "published", [PUBLISHED.get(key, np.nan) for key in cells])
         return summary
 
     def draw(self, frame: pd.DataFrame, summary: pd.DataFrame, job: Job) -> None:
-        """``labels.png``: label accuracy of each attack, a panel a data set, the published figure marked."""
+        """``labels.png``: label accuracy of each attack, a panel a data set, the published figure marked.
+
+        A bar takes the label at the lowest objective; a ring the one at the last step, as the published code does.
+        """
         names = list(dict.fromkeys(summary["data"]))
-        figure = Figure(figsize=(1.6 + 3.4 * len(names), 1.3 + 0.42 * len(self.attacks)), layout="constrained")
+        figure = Figure(figsize=(1.8 + 3.4 * len(names), 1.7 + 0.42 * len(self.attacks)), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(names), sharey=True))
         attacks = list(self.attacks)
         for panel, name in zip(panels, names, strict=True):
@@ -58,7 +62,11 @@ class IdlgTable1(FreshNetworks):
             panel.grid(axis="x", alpha=0.25)
         panels[0].set_yticks(range(len(attacks)), [attack.replace("_", " ") for attack in attacks])
         panels[0].invert_yaxis()
-        figure.suptitle(
-            "Labels inferred rightly, batch size 1 (whisker: 95% interval, ring: at the last step, stroke: published)"
-        )
+        keys = [
+            Line2D([], [], color="0.15", marker="|", linewidth=1, label="95% interval"),
+            Line2D([], [], color="black", marker="o", markerfacecolor="white", linewidth=0, label="at the last step"),
+            Line2D([], [], color="black", linewidth=2.5, label="published"),
+        ]
+        figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+        figure.suptitle("Labels inferred rightly at batch size 1")
         figure.savefig(job.folder / "labels.png", dpi=110)

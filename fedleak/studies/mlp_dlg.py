@@ -13,6 +13,9 @@ from fedleak.evaluation.metrics import RECOVERED_MSE
 from fedleak.studies.base import Job, list_of, require
 from fedleak.studies.fresh import FreshNetworks
 
+LEAST_MSE = 1e-16
+"""Where exact images are drawn on an axis of errors."""
+
 
 class MlpDlg(FreshNetworks):
     """Label accuracy, objective and error against evaluations; see `FreshNetworks`.
@@ -61,7 +64,7 @@ class MlpDlg(FreshNetworks):
             panels[2].plot(budgets, part["label_accuracy"], "o-", color=f"C{number}", markersize=4, label=name)
         panels[1].axhline(RECOVERED_MSE, color="0.4", linewidth=0.8, linestyle=":", label="recovered below")
         for name in self.attacks.keys() - self.starts.keys():
-            error = frame.loc[frame["attack"] == name, "mse"].median()
+            error = max(LEAST_MSE, frame.loc[frame["attack"] == name, "mse"].median())
             panels[1].axhline(error, color="0.2", linewidth=1, linestyle="--", label=name.replace("_", " "))
         titles = ("objective, median", "MSE, median", "label right")
         for panel, title in zip(panels, titles, strict=True):
