@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 
 from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
-from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from
+from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from, round_counts
 from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.ilrg import ILRG
 from fedleak.attacks.labels.last_layer import find_last_layer
-from fedleak.attacks.labels.posterior import Posterior, domain_images, label_posterior
+from fedleak.attacks.labels.local_steps import local_step_counts
+from fedleak.attacks.labels.posterior import Posterior, domain_images, inputs, label_posterior
 from fedleak.attacks.labels.probe import auxiliary_images, probe
 from fedleak.attacks.labels.version1 import version1
 from fedleak.attacks.row_space import Found, imagined_atoms, project_features, row_space, search
@@ -29,7 +30,8 @@ class Fedleak(LabelInference):
     - Batches below the number of classes and up to `largest`, one local step: `fedleak.attacks.row_space.search`,
       which finds labels and features together and so also works on trained models. It is left out where simulation is
       already sure of the counts, and not believed where its residual stays high (noise, pruning).
-    - Larger batches, several local steps: counts by `label_posterior`.
+    - Larger batches: counts by `label_posterior`.
+    - Several local steps: counts by `local_step_counts`, a few seconds an update.
     - Unknown scale (new weights without a learning rate): version 1, which needs none.
 
     Args:
@@ -180,11 +182,25 @@ def _without_scale(evidence: Evidence) -> Counts:
 
 
 def _posterior(evidence: Evidence, knowledge: Knowledge, seed: int) -> Posterior:
-    """Counts by simulation; by iLRG where there are too many classes to simulate."""
-    if evidence.layer.classes <= 200:
-        return label_posterior(evidence, knowledge, seed=seed)
-    counts = ILRG().count(evidence, knowledge, seed=seed)
-    return Posterior(counts, torch.full((len(counts.counts),), torch.inf, dtype=torch.float64))
+    """Counts by simulation of a batch, or of the local steps; by iLRG where there are too many classes to simulate."""
+    if evidence.layer.classes > 200:
+        counts = ILRG().count(evidence, knowledge, seed=seed)
+        return Posterior(counts, torch.full((len(counts.counts),), torch.inf, dtype=torch.float64))
+    several = torch.tensor([(o.local_steps or 1) > 1 and o.lr is not None for o in evidence.observations])
+    expected = torch.zeros(evidence.sums.shape, dtype=torch.float64)
+    spread = torch.zeros(len(expected), dtype=torch.float64)
+    if not several.all():
+        once = (~several).nonzero()[:, 0].tolist()
+        found = label_posterior(_part(evidence, once), knowledge, seed=seed)
+        expected[once], spread[once] = found.counts.expected, found.spread
+    if several.any():
+        images, pool = inputs(knowledge, seed, per_class=80)
+        for n in several.nonzero()[:, 0].tolist():
+            bias = evidence.bias[n] if evidence.bias is not None else None
+            expected[n], spread[n] = local_step_counts(
+                evidence.observations[n], evidence.weight[n], bias, evidence.layer, knowledge, images, pool, seed=seed
+            )
+    return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
 
 
 def _rounding(observation: Observation, name: str) -> float:

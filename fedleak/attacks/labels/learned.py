@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks.base import Knowledge
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, bias_gradient, round_counts, scale_known
-from fedleak.attacks.labels.posterior import Samples, domain_images, readings, simulate, skewed_labels
+from fedleak.attacks.labels.posterior import Pool, Samples, domain_images, readings, simulate, skewed_labels
 from fedleak.attacks.labels.probe import auxiliary_images, probe
 
 
@@ -55,11 +55,12 @@ class Learned(CountInference):
     def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "learned")
-        layer, labels = evidence.layer, None
+        layer = evidence.layer
         if knowledge.auxiliary is not None:
             images, labels = auxiliary_images(knowledge, max(2, 200 // layer.classes), seed, "learned")
+            pool = Pool(len(images), labels)
         else:
-            images = domain_images(knowledge, 16, 12, seed)
+            images, pool = domain_images(knowledge, 16, 12, seed), Pool(16 * 12, None, 16)
         bias = bias_gradient(evidence, knowledge, seed)
         expected = torch.zeros_like(bias)
         for total in evidence.totals.unique().tolist():
@@ -70,14 +71,9 @@ class Learned(CountInference):
             for unit in found.which.unique().tolist():
                 held = chosen[found.which.tolist().index(unit)].parameters
                 head, shift = held[layer.weight].double(), _shift(held, layer.bias, layer.classes)
-                family = Samples(
-                    found.features[unit].double(),
-                    found.probabilities[unit].double(),
-                    labels,
-                    1 if labels is not None else 16,
-                )
+                family = Samples(found.features[unit].double(), found.probabilities[unit].double(), pool)
                 drawn = skewed_labels(layer.classes, self.batches, total, seed + unit)
-                values, truth, _ = simulate([family], [drawn], head, shift, family.features.mean(dim=0), seed + unit)
+                values, truth, _ = simulate([family], [drawn], head, shift, seed + unit)
                 known.append(_per_class(values, layer.classes))
                 shares.append(truth)
             seen = []

@@ -34,40 +34,56 @@ class Posterior:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Samples to simulate batches from, in one model.
+class Pool:
+    """Inputs to make batches from.
 
     Attributes:
-        features: ``[M, d]``.
-        probabilities: ``[M, C]``.
-        labels: ``[M]``; None where the samples are noise and any label is as good.
-        domains: number of equal consecutive parts; a batch is drawn from one of them.
+        size: how many, M.
+        labels: ``[M]``; None where the inputs are noise and any label is as good.
+        domains: number of equal consecutive parts; a batch of noise is drawn from one of them.
     """
 
-    features: Tensor
-    probabilities: Tensor
+    size: int
     labels: Tensor | None
     domains: int = 1
 
-    def halves(self) -> tuple[Samples, Samples]:
-        """The samples in two disjoint parts with the same classes and as many domains each."""
+    def halves(self) -> list[tuple[Tensor, Pool]]:
+        """Two disjoint parts with the same classes and as many domains: their inputs ``[M']``, and them as pools."""
+        place = torch.empty(self.size, dtype=torch.int64)
         if self.labels is None:
-            domain = torch.arange(self.domains).repeat_interleave(len(self.features) // self.domains)
-            first = domain % 2 == 0
+            place[:] = torch.arange(self.domains).repeat_interleave(self.size // self.domains)
         else:
-            place = torch.empty_like(self.labels)
-            place[self.labels.argsort(stable=True)] = torch.arange(len(place))
-            first = place % 2 == 0
-        parts = [
-            Samples(
-                self.features[part],
-                self.probabilities[part],
-                None if self.labels is None else self.labels[part],
-                max(1, self.domains // 2),
-            )
-            for part in (first, ~first)
-        ]
-        return parts[0], parts[1]
+            place[self.labels.argsort(stable=True)] = torch.arange(self.size)
+        parts = []
+        for index in ((place % 2 == 0).nonzero()[:, 0], (place % 2 == 1).nonzero()[:, 0]):
+            labels = None if self.labels is None else self.labels[index]
+            parts.append((index, Pool(len(index), labels, max(1, self.domains // 2))))
+        return parts
+
+    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """An input for each of `labels` ``[J, B]``: a random one of the class, or any where there is none of it."""
+        if self.labels is None:
+            size = self.size // self.domains
+            domain = torch.randint(self.domains, (len(labels), 1), generator=generator)
+            return domain * size + torch.randint(size, labels.shape, generator=generator)
+        sizes = torch.bincount(self.labels, minlength=int(labels.max()) + 1)
+        first = sizes.cumsum(dim=0) - sizes
+        order = self.labels.argsort()
+        place = (torch.rand(labels.shape, generator=generator) * sizes[labels]).long() + first[labels]
+        return order[place.clamp(max=self.size - 1)]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one model makes of a pool's inputs: features ``[M, d]`` and probabilities ``[M, C]``."""
+
+    features: Tensor
+    probabilities: Tensor
+    pool: Pool
+
+    def halves(self) -> list[Samples]:
+        """The samples of the pool's two halves."""
+        return [Samples(self.features[index], self.probabilities[index], pool) for index, pool in self.pool.halves()]
 
 
 def label_posterior(
@@ -97,11 +113,7 @@ def label_posterior(
         domain_size: dummy images of each kind.
     """
     layer = evidence.layer
-    labels = None
-    if knowledge.auxiliary is not None and len(knowledge.auxiliary[1]) >= 2 * layer.classes:
-        images, labels = auxiliary_images(knowledge, max(2, min(per_class, 800 // layer.classes)), seed, "fedleak")
-    else:  # none, or too few to hold some of them out
-        images = domain_images(knowledge, domains, domain_size, seed)
+    images, pool = inputs(knowledge, seed, per_class=per_class, domains=domains, domain_size=domain_size)
     found = probe(evidence.observations, layer, knowledge, images)
     bias = bias_gradient(evidence, knowledge, seed)
     expected = torch.zeros_like(bias)
@@ -111,34 +123,35 @@ def label_posterior(
         head = observation.parameters[layer.weight].double()
         shift = observation.parameters[layer.bias].double() if layer.bias else torch.zeros_like(head[:, 0])
         features, probabilities = found.features[unit].double(), found.probabilities[unit].double()
-        families = [Samples(features, probabilities, labels, 1 if labels is not None else domains)]
-        if labels is None:
+        families = [Samples(features, probabilities, pool)]
+        if pool.labels is None:
             imagined = imagined_features(features, head, shift, min(20 * layer.classes, 400), seed)
             mean = features.mean(dim=0)
             # A fresh head would need features further from those seen than these are from zero: it is not trained.
             if float((imagined.features - mean).norm(dim=1).median()) < float(mean.norm()):
                 families.append(imagined)
-        steps, lr = (observation.local_steps or 1, observation.lr) if observation.lr is not None else (1, 0.0)
-        centre, gradient = features.mean(dim=0), evidence.weight[n].double()
-        if steps > 1 and lr * float(centre @ centre + 1) > 4:
-            # Logits swing too far in a step for any regression to follow: what remains is the identity halfway.
-            expected[n], spread[n] = total * (probabilities.mean(dim=0) - bias[n]), torch.inf
-            continue
-        along = gradient @ centre + bias[n]
-        path = None if steps == 1 else probabilities_along(head @ centre + shift, along[None], steps * lr)
-        one = slice(n, n + 1)
-        seen = readings(bias[one], evidence.sums[one], (gradient @ head.T)[None], shift, total, path)
+        one, gradient = slice(n, n + 1), evidence.weight[n].double()
+        seen = readings(bias[one], evidence.sums[one], (gradient @ head.T)[None], shift, total)
         halves = [half for family in families for half in family.halves()]
-        each = batches // len(halves) // (1 if steps == 1 else 2)
+        each = batches // len(halves)
         drawn = [skewed_labels(layer.classes, each, total, seed + part) for part in range(len(halves))]
-        mean, error = _regress(*simulate(halves, drawn, head, shift, centre, seed, steps=steps, lr=lr), seen)
+        mean, error = regress(*simulate(halves, drawn, head, shift, seed), seen)
         base = round_counts(total * mean[None], evidence.totals[n : n + 1])[0]
-        drawn = [_near(base, total * error, each, seed + part) for part in range(len(halves))]
-        mean, error = _regress(
-            *simulate(halves, drawn, head, shift, centre, seed + len(halves), steps=steps, lr=lr), seen
-        )
+        drawn = [near(base, total * error, each, seed + part) for part in range(len(halves))]
+        mean, error = regress(*simulate(halves, drawn, head, shift, seed + len(halves)), seen)
         expected[n], spread[n] = total * mean, total * error
     return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
+
+
+def inputs(
+    knowledge: Knowledge, seed: int, *, per_class: int = 40, domains: int = 32, domain_size: int = 12
+) -> tuple[Tensor, Pool]:
+    """Images ``[M, C, H, W]`` to make batches from: auxiliary ones, or dummy images where there are too few."""
+    if knowledge.auxiliary is not None and len(knowledge.auxiliary[1]) >= 2 * knowledge.classes:
+        most = max(2, min(per_class, 800 // knowledge.classes))
+        images, labels = auxiliary_images(knowledge, most, seed, "fedleak")
+        return images, Pool(len(images), labels)
+    return domain_images(knowledge, domains, domain_size, seed), Pool(domains * domain_size, None, domains)
 
 
 def domain_images(knowledge: Knowledge, domains: int, size: int, seed: int) -> Tensor:
@@ -160,50 +173,23 @@ def domain_images(knowledge: Knowledge, domains: int, size: int, seed: int) -> T
 
 
 def simulate(
-    families: list[Samples],
-    drawn: list[Tensor],
-    head: Tensor,
-    shift: Tensor,
-    centre: Tensor,
-    seed: int,
-    *,
-    steps: int = 1,
-    lr: float = 0.0,
+    families: list[Samples], drawn: list[Tensor], head: Tensor, shift: Tensor, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Readings ``[J, F]``, class shares ``[J, C]`` and half ``[J]`` of batches with labels `drawn`, ``[J', B]`` each.
 
-    Families come as first and second halves in turn. With several local steps the labels are dealt to the steps at
-    random and the last layer is trained along, its features standing still; `centre` ``[d]`` is their mean.
+    Families come as first and second halves in turn.
     """
     values, shares, half = [], [], []
     for part, (family, labels) in enumerate(zip(families, drawn, strict=True)):
         total = labels.shape[1]
-        error = (
-            _errors(family, labels, seed + part)
-            if steps == 1
-            else _trained_errors(family, labels, head, shift, seed + part, steps, lr)
-        )  # [J, C, M]: Σ over the samples of a batch that are input m
+        error = _errors(family, labels, seed + part)
         ones = torch.ones(len(family.features), dtype=torch.float64)
-        sums = torch.stack([ones, family.features.sum(dim=1), family.features @ centre], dim=1)
+        sums = torch.stack([ones, family.features.sum(dim=1)], dim=1)
         moments = error @ torch.cat([sums, family.features @ head.T], dim=1) / total
-        bias, along, logits = moments[..., 0], moments[..., 2], moments[..., 3:]
-        path = None if steps == 1 else probabilities_along(head @ centre + shift, along + bias, steps * lr)
-        values.append(readings(bias, moments[..., 1], logits, shift, total, path))
+        values.append(readings(moments[..., 0], moments[..., 1], moments[..., 2:], shift, total))
         shares.append(torch.nn.functional.one_hot(labels, len(shift)).double().mean(dim=1))
         half.append(torch.full((len(labels),), part % 2))
     return torch.cat(values), torch.cat(shares), torch.cat(half)
-
-
-def probabilities_along(start: Tensor, along: Tensor, reach: float) -> Tensor:
-    """``[J, 5, C]``: softmax outputs of the mean feature at the start, quarter points and end of the local steps.
-
-    Args:
-        start: ``[C]``, its logits at the start.
-        along: ``[J, C]``, how they fall for each unit of learning rate: ∂L/∂W h̄ + ∂L/∂b.
-        reach: learning rate × local steps.
-    """
-    points = torch.linspace(0, 1, 5, dtype=torch.float64)[None, :, None]
-    return (start - reach * points * along[:, None]).softmax(dim=2)
 
 
 def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int, seed: int) -> Samples:
@@ -221,7 +207,7 @@ def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int,
     away = logits - (head @ centre + shift)
     away = away - away.mean(dim=1, keepdim=True)
     moved = centre + away @ torch.linalg.pinv(head - head.mean(dim=0)).T
-    return Samples(moved, (moved @ head.T + shift).softmax(dim=1), labels)
+    return Samples(moved, (moved @ head.T + shift).softmax(dim=1), Pool(count, labels))
 
 
 def skewed_labels(classes: int, count: int, size: int, seed: int) -> Tensor:
@@ -234,7 +220,7 @@ def skewed_labels(classes: int, count: int, size: int, seed: int) -> Tensor:
     return torch.searchsorted(torch.from_numpy(steps), uniform).clamp(max=classes - 1)
 
 
-def _near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
+def near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
     """``[J, B]`` labels of batches that have `counts` ``[C]`` but for some random changes, about `spread` a class."""
     generator = torch.Generator().manual_seed(seed)
     classes, total = len(counts), int(counts.sum())
@@ -246,52 +232,15 @@ def _near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
 
 def _errors(family: Samples, drawn: Tensor, seed: int) -> Tensor:
     """``[J, C, M]``: how often input m is in batch j, times its p, minus how often with label c."""
-    counts = _occurrences(family, drawn, torch.Generator().manual_seed(seed))
+    inputs, classes = family.probabilities.shape
+    pick = family.pool.draw(drawn, torch.Generator().manual_seed(seed))
+    counts = torch.zeros(len(drawn), classes * inputs, dtype=torch.float64)
+    counts.scatter_add_(1, drawn * inputs + pick, torch.ones(drawn.shape, dtype=torch.float64))
+    counts = counts.view(len(drawn), classes, inputs)
     return counts.sum(dim=1, keepdim=True) * family.probabilities.T - counts
 
 
-def _trained_errors(
-    family: Samples, drawn: Tensor, head: Tensor, shift: Tensor, seed: int, steps: int, lr: float
-) -> Tensor:
-    """`_errors` summed over local steps, the last layer moving by plain SGD from step to step.
-
-    The logits of the inputs move by the inner products of their features, so that no weights are kept.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(drawn.shape, generator=generator).argsort(dim=1)
-    parts = drawn.gather(1, order).chunk(steps, dim=1)
-    alike = family.features @ family.features.T + 1
-    logits = (family.features @ head.T + shift).T.expand(len(drawn), -1, -1)  # [J, C, M]
-    whole = torch.zeros_like(logits)
-    for labels in parts:
-        counts = _occurrences(family, labels, generator)
-        error = counts.sum(dim=1, keepdim=True) * logits.softmax(dim=1) - counts
-        logits = logits - lr / labels.shape[1] * (error @ alike)
-        whole = whole + error
-    return whole
-
-
-def _occurrences(family: Samples, drawn: Tensor, generator: torch.Generator) -> Tensor:
-    """``[J, C, M]``: how often input m is in batch j with label c, for labels `drawn` ``[J, B]``."""
-    inputs, classes = family.probabilities.shape
-    if family.labels is None:
-        size = inputs // family.domains
-        domain = torch.randint(family.domains, (len(drawn), 1), generator=generator)
-        pick = domain * size + torch.randint(size, drawn.shape, generator=generator)
-    else:  # a random input of the drawn class, or any input where there is none of it
-        sizes = torch.bincount(family.labels, minlength=classes)
-        first = sizes.cumsum(dim=0) - sizes
-        order = family.labels.argsort()
-        place = (torch.rand(drawn.shape, generator=generator) * sizes[drawn]).long() + first[drawn]
-        pick = order[place.clamp(max=inputs - 1)]
-    counts = torch.zeros(len(drawn), classes * inputs, dtype=torch.float64)
-    counts.scatter_add_(1, drawn * inputs + pick, torch.ones(drawn.shape, dtype=torch.float64))
-    return counts.view(len(drawn), classes, inputs)
-
-
-def readings(
-    bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: int, path: Tensor | None = None
-) -> Tensor:
+def readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: int) -> Tensor:
     """``[J, F]``, what the closed forms take from J gradients.
 
     Args:
@@ -300,21 +249,18 @@ def readings(
         logits: ``[J, C, C]``, ∂L/∂W Wᵀ.
         shift: ``[C]``, b.
         total: labels in each batch.
-        path: ``[J, S, C]``, probabilities of the mean feature along the client's local steps, where it took several.
     """
     safe = torch.where(bias.abs() < 1e-30, torch.full_like(bias, 1e-30), bias)
     confidences = torch.nan_to_num(logits / safe[..., None] + shift, posinf=1e30, neginf=-1e30).softmax(dim=2)
     solved = solve_counts(confidences, bias, torch.full((len(bias),), total)) / total
     impact = sums.clamp(max=0).sum(dim=1, keepdim=True).clamp(max=-1e-30)
     parts = [bias, sums, solved.clamp(-0.5, 1.5), (sums / impact).clamp(-3, 3), torch.nn.functional.normalize(bias)]
-    if path is not None:
-        parts.append((path - bias[:, None]).flatten(1))
     if len(shift) <= 20:
         parts.append(logits.flatten(1))
     return torch.cat(parts, dim=1)
 
 
-def _regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Class shares behind the readings `seen` ``[1, F]``, and their root mean square error, by weighted ridge.
 
     Either the shares are regressed on the readings, or p̄, from which the identity gives them; whichever errs less.

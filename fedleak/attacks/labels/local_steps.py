@@ -1,0 +1,216 @@
+"""Label counts behind several local steps, by simulating the client on batches with known labels.
+
+Over several steps the identity λ = B Σ_t (p̄_t − ∂L/∂b_t) needs p̄ along the client's path, which swings with the order
+of its labels: one step can move a logit by lr (|h|² + 1). The attacker knows both ends of the path, and simulates what
+lies between: thousands of clients cheaply, whose last layer is trained while the features move in a straight line from
+those of the first model to those of the last, and a few clients in full, which show how far off the cheap ones are. A
+regression then reads the counts off all moments of the last layer's change, and trusts none that the cheap simulation
+gets wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from fedleak.attacks.base import Knowledge
+from fedleak.attacks.labels.counting import round_counts
+from fedleak.attacks.labels.last_layer import LastLayer
+from fedleak.attacks.labels.posterior import Pool, near, regress, skewed_labels
+from fedleak.attacks.labels.probe import probe
+from fedleak.capture import Observation
+from fedleak.federation.local_update import local_update
+
+_CHUNK = 2**23
+"""Numbers that a chunk of cheap simulations may hold."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """One client's path in a small basis of the feature space: q columns, the first one constant if there is a bias.
+
+    Attributes:
+        start, end: ``[M, q]``, features of the inputs in the model sent out and in the model that came back.
+        head: ``[C, q]``, the last layer sent out.
+        centre: ``[q]``, the mean feature.
+        white: ``[q, K]``, from centred features to their principal components, each of variance 1.
+        basis: ``[d, q']``, orthonormal; q' = q without the constant.
+        biased: whether the layer has a bias.
+    """
+
+    start: Tensor
+    end: Tensor
+    head: Tensor
+    centre: Tensor
+    white: Tensor
+    basis: Tensor
+    biased: bool
+
+    def moments(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Gradients of the last layer in the basis, ``[..., C, q]``, of ``[..., C, d]`` and ``[..., C]``."""
+        seen = weight.double() @ self.basis
+        return torch.cat([bias.double()[..., None], seen], dim=-1) if bias is not None else seen
+
+    def readings(self, moments: Tensor, reach: float) -> Tensor:
+        """``[J, F]``: the bias gradient first, then every class's moments about it, then where its logits went.
+
+        Args:
+            moments: ``[J, C, q]``, mean gradients of the last layer.
+            reach: learning rate × local steps.
+        """
+        bias = self.bias(moments)
+        about = (moments - bias[..., None] * self.centre) @ self.white
+        times = torch.linspace(0, 1, 5, dtype=torch.float64)[None, :, None]
+        logits = self.head @ self.centre - reach * times * (moments @ self.centre)[:, None]
+        return torch.cat([bias, about.flatten(1), logits.softmax(dim=2).flatten(1)], dim=1)
+
+    def bias(self, moments: Tensor) -> Tensor:
+        """``[J, C]``, ∂L/∂b; without a bias, what it would be if every feature vector were the mean one."""
+        return moments[..., 0] if self.biased else moments @ self.centre / self.centre.square().sum()
+
+
+def local_step_counts(
+    observation: Observation,
+    weight: Tensor,
+    bias: Tensor | None,
+    layer: LastLayer,
+    knowledge: Knowledge,
+    images: Tensor,
+    pool: Pool,
+    *,
+    seed: int,
+    clients: int = 2000,
+    in_full: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Real-valued counts ``[C]`` of an update of several local steps, and their root mean square error.
+
+    Args:
+        observation: the update; its learning rate is known.
+        weight, bias: ``[C, d]`` and ``[C]``, the last layer's mean gradient over the steps.
+        layer: the last layer.
+        knowledge: what the attacker holds.
+        images: ``[M, C, H, W]`` to simulate clients with, see `fedleak.attacks.labels.posterior.inputs`.
+        pool: their labels.
+        seed: decides every draw.
+        clients: cheap simulations of each of the two regressions.
+        in_full: whole simulations of the last, fewer for large models.
+    """
+    assert observation.batch_size is not None
+    assert observation.lr is not None
+    steps, lr = observation.local_steps or 1, observation.lr
+    total, classes = observation.batch_size * steps, layer.classes
+    path = _path(observation, layer, knowledge, images, max(2, min(30, 600 // classes - 1)))
+    size = sum(value.numel() for value in observation.parameters.values())
+    in_full = max(4, min(in_full, int(in_full * 1e5 / size), int(in_full * 1e4 / total)))
+    seen = path.readings(path.moments(weight, bias)[None], lr * steps)
+    generator = torch.Generator().manual_seed(seed)
+    share, error = torch.full((classes,), 1 / classes, dtype=torch.float64), torch.ones(())
+    for last in (False, True):
+        values, shares, half = [], [], []
+        for place, (index, part) in enumerate(pool.halves()):
+            if last:
+                base = round_counts(total * share[None], torch.tensor([total]))[0]
+                drawn = near(base, total * error, clients // 2, seed + place)
+            else:
+                drawn = skewed_labels(classes, clients // 2, total, seed + place)
+            drawn = drawn.gather(1, torch.rand(drawn.shape, generator=generator).argsort(dim=1))
+            pick = index[part.draw(drawn, generator)]
+            moments = _cheap(path, pick, drawn, steps, lr)
+            few = slice(0, (in_full if last else max(4, in_full // 4)) // 2)
+            off = _full(observation, layer, knowledge, path, images, pick[few], drawn[few], seed) - moments[few]
+            noise = torch.randn(len(drawn), len(off), generator=generator, dtype=torch.float64) / len(off) ** 0.5
+            moments = moments + off.mean(dim=0) + torch.einsum("jn,ncq->jcq", noise, off - off.mean(dim=0))
+            values.append(path.readings(moments, lr * steps))
+            shares.append(one_hot(drawn, classes).double().mean(dim=1))
+            half.append(torch.full((len(drawn),), place))
+        share, error = regress(torch.cat(values), torch.cat(shares), torch.cat(half), seen)
+    return total * share, total * error
+
+
+def _path(observation: Observation, layer: LastLayer, knowledge: Knowledge, images: Tensor, components: int) -> Path:
+    """The features of `images` at both ends of a client's path, in the directions that matter."""
+    start, steps = observation.parameters, observation.local_steps or 1
+    end = observation.update
+    if observation.payload == "gradient":
+        end = {name: value - observation.lr * observation.update[name] for name, value in start.items()}  # type: ignore[operator]
+    ends = [replace(observation, parameters=parameters, local_steps=1) for parameters in (start, end)]
+    found = probe(ends, layer, knowledge, images)
+    first, last = (found.features[unit].double() for unit in found.which.tolist())
+    both = torch.cat([first, last])
+    mean = both.mean(dim=0)
+    head = start[layer.weight].double()
+    directions = torch.linalg.svd(both - mean, full_matrices=False)[2][: 2 * components]
+    basis = torch.linalg.qr(torch.cat([mean[:, None], head.T, directions.T], dim=1))[0]
+    first, last, head = first @ basis, last @ basis, head @ basis
+    if layer.bias:
+        ones = torch.ones_like(first[:, :1])
+        first, last = torch.cat([ones, first], dim=1), torch.cat([ones, last], dim=1)
+        head = torch.cat([start[layer.bias].double()[:, None], head], dim=1)
+    middle = first + (last - first) * (steps - 1) / (2 * steps)
+    centre = middle.mean(dim=0)
+    _, sizes, axes = torch.linalg.svd(middle - centre, full_matrices=False)
+    white = axes[:components].T * (len(images) ** 0.5 / sizes[:components].clamp(min=1e-9 * float(sizes[0])))
+    return Path(first, last, head, centre, white, basis, layer.bias is not None)
+
+
+def _cheap(path: Path, pick: Tensor, labels: Tensor, steps: int, lr: float) -> Tensor:
+    """Mean gradients ``[J, C, q]`` of the last layer over the local steps of J clients, the body not being trained.
+
+    Args:
+        path: where the features come from.
+        pick, labels: ``[J, T · B]``, inputs and labels, local step by local step.
+        steps: T.
+        lr: learning rate.
+    """
+    classes, width = path.head.shape
+    first, move = path.start.float(), (path.end - path.start).float() / steps
+    batch = pick.shape[1] // steps
+    size = max(1, _CHUNK // (classes * width + batch * (classes + width)))
+    found = []
+    for inputs, names in zip(pick.split(size), labels.split(size), strict=True):
+        head = path.head.float().expand(len(inputs), -1, -1)
+        whole = torch.zeros(head.shape)
+        for step in range(steps):
+            now = slice(step * batch, (step + 1) * batch)
+            features = (first + step * move)[inputs[:, now]]
+            error = (features @ head.transpose(1, 2)).softmax(dim=2) - one_hot(names[:, now], classes)
+            gradient = error.transpose(1, 2) @ features / batch
+            whole += gradient
+            head = head - lr * gradient
+        found.append(whole.double() / steps)
+    return torch.cat(found)
+
+
+def _full(
+    observation: Observation,
+    layer: LastLayer,
+    knowledge: Knowledge,
+    path: Path,
+    images: Tensor,
+    pick: Tensor,
+    labels: Tensor,
+    seed: int,
+) -> Tensor:
+    """What `_cheap` returns, by training the whole model as the client did."""
+    steps = observation.local_steps or 1
+    dtype = observation.parameters[layer.weight].dtype
+    found = []
+    with torch.random.fork_rng(devices=[]):  # dropout draws from torch's global state
+        torch.manual_seed(seed)
+        for inputs, names in zip(pick, labels, strict=True):
+            update = local_update(
+                knowledge.model,
+                observation.parameters,
+                observation.start_buffers,
+                images[inputs].to(dtype),
+                names,
+                local_steps=steps,
+                lr=observation.lr,  # type: ignore[arg-type]
+                payload="gradient",
+                training_mode=knowledge.training_mode,
+            ).update
+            found.append(path.moments(update[layer.weight], update[layer.bias] if layer.bias else None) / steps)
+    return torch.stack(found)
