@@ -83,7 +83,7 @@ def local_step_counts(
     *,
     seed: int,
     clients: int = 2000,
-    in_full: int = 64,
+    in_full: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Real-valued counts ``[C]`` of an update of several local steps, and their root mean square error.
 
@@ -104,7 +104,7 @@ def local_step_counts(
     total, classes = observation.batch_size * steps, layer.classes
     path = _path(observation, layer, knowledge, images, max(2, min(30, 600 // classes - 1)))
     size = sum(value.numel() for value in observation.parameters.values())
-    in_full = max(4, min(in_full, int(in_full * 1e5 / size), int(in_full * 1e4 / total)))
+    in_full = max(4, min(in_full, int(in_full * 1e5 / size), int(in_full * 4e3 / total)))
     seen = path.readings(path.moments(weight, bias)[None], lr * steps)
     generator = torch.Generator().manual_seed(seed)
     share, error = torch.full((classes,), 1 / classes, dtype=torch.float64), torch.ones(())
