@@ -162,8 +162,10 @@ function showFilm(entry) {
       : ` It never came to an MSE below ${gallery.threshold}.`);
   byId("frames").replaceChildren(...frames);
   const all = chosen().filter((item) => item[10].length);
+  const focused = document.activeElement; // a disabled button would lose the keyboard's place in the dialog
   byId("film-previous").disabled = all[0] === filmed;
   byId("film-next").disabled = all[all.length - 1] === filmed;
+  if (focused.disabled) byId("film-close").focus();
   if (!byId("film").open) byId("film").showModal();
 }
 

@@ -479,6 +479,11 @@ def test_the_evolution_of_an_image(make_run, browser):
     window.press("ArrowRight")
     shows(window, "#frames i", [second.true, *(frame.image for frame in second.frames)])
     assert "never came to an MSE below 0.001" in window.run(words)
+    window.run("document.getElementById('film-next').focus()")
+    for _ in range(10):
+        window.press("Enter")
+    assert window.run("return document.getElementById('film-next').disabled")
+    assert window.run("return document.activeElement.id") == "film-close"
     window.press("Escape")
     window.wait("!document.getElementById('film').open")
     assert window.run("return document.activeElement.className") == "evolve"
