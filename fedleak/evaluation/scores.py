@@ -268,9 +268,10 @@ def round_table(rounds: pd.DataFrame, attacks: pd.DataFrame, leakage: pd.DataFra
 
     Returns:
         ``round``, ``test_accuracy``, ``label_accuracy`` (mean over the round's observations) and ``recovered`` as
-        ``k / n`` images; NaN and an empty string where nothing was attacked or the truth is missing.
+        ``k / n`` images; NaN and an empty string where nothing was attacked, no image tried or no truth known.
     """
     labels = _numbers(attacks, "label_accuracy").groupby(_numbers(attacks, "round")).mean()
+    leakage = _tried(attacks, leakage)
     flags = _flags(leakage, "recovered").groupby(_numbers(leakage, "round"))
     hits, known = flags.sum(), flags.count()
     table = pd.DataFrame({"round": _numbers(rounds, "round"), "test_accuracy": _numbers(rounds, "test_accuracy")})
@@ -293,8 +294,9 @@ def leakage_by_round(attacks: pd.DataFrame, leakage: pd.DataFrame) -> dict[int, 
 
     Returns:
         round -> ``label_accuracy`` (mean over the round's observations), ``recovered`` (share of its images) and
-        ``median_psnr`` (dB, inf where exact); NaN where the truth is missing.
+        ``median_psnr`` (dB, inf where exact); NaN where the truth is missing or no image was tried.
     """
+    leakage = _tried(attacks, leakage)
     number = _numbers(leakage, "round")
     table = pd.DataFrame(
         {
@@ -304,6 +306,16 @@ def leakage_by_round(attacks: pd.DataFrame, leakage: pd.DataFrame) -> dict[int, 
         }
     )
     return {int(round): {str(k): float(v) for k, v in row.items()} for round, row in table.iterrows()}  # type: ignore[call-overload]
+
+
+def _tried(attacks: pd.DataFrame, leakage: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `leakage` less those of updates whose labels alone were attacked."""
+    if "stop_reason" not in attacks or "client" not in attacks:
+        return leakage
+    updates = zip(attacks["round"], attacks["client"], strict=True)
+    labels_only = {u for u, reason in zip(updates, attacks["stop_reason"], strict=True) if reason == "labels_only"}
+    where = zip(leakage.get("round", []), leakage.get("client", []), strict=True)
+    return leakage[[update not in labels_only for update in where]] if labels_only else leakage
 
 
 def _pair_labels(true: list[int], inferred: list[int]) -> list[int | None]:

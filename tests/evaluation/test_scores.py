@@ -105,6 +105,20 @@ def test_leakage_by_round():
     assert all(math.isnan(value) for value in found[5].values())
 
 
+def test_images_that_were_never_tried_do_not_count_as_safe():
+    attacks = pd.DataFrame(
+        {"round": [1, 1, 2], "client": [0, 1, 0], "stop_reason": ["labels_only", "budget", "labels_only"]}
+    )
+    leakage = pd.DataFrame(
+        {"round": [1, 1, 2], "client": [0, 1, 0], "recovered": [False] * 3, "psnr": [None, 9.0, None]}
+    )
+    found = leakage_by_round(attacks.assign(label_accuracy=1.0), leakage)
+    assert found[1] == {"label_accuracy": 1, "recovered": 0, "median_psnr": 9}
+    assert math.isnan(found[2]["recovered"])
+    table = round_table(pd.DataFrame({"round": [1, 2]}), attacks, leakage)
+    assert list(table["recovered"]) == ["0 / 1", ""]
+
+
 def test_a_failed_attack_has_a_row_and_no_leakage():
     nothing = rebuilt(torch.zeros(0, 1, 12, 12), [], stop_reason="client 5 returned NaN", objective=math.nan)
     assert failed(nothing)
