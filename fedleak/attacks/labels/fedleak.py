@@ -15,6 +15,7 @@ from fedleak.attacks.labels.last_layer import find_last_layer
 from fedleak.attacks.labels.local_steps import local_step_counts
 from fedleak.attacks.labels.posterior import Posterior, domain_images, inputs, label_posterior
 from fedleak.attacks.labels.probe import auxiliary_images, probe
+from fedleak.attacks.labels.reader import read_shares
 from fedleak.attacks.labels.version1 import version1
 from fedleak.attacks.row_space import Found, imagined_atoms, project_features, row_space, search
 from fedleak.capture import Observation
@@ -31,6 +32,7 @@ class Fedleak(LabelInference):
       which finds labels and features together and so also works on trained models. It is left out where simulation is
       already sure of the counts, and not believed where its residual stays high (noise, pruning).
     - Larger batches: counts by `label_posterior`.
+    - Where that is unsure, as in trained models: a network trained on simulated batches, `read_shares`.
     - Several local steps: counts by `local_step_counts`, a few seconds an update.
     - Unknown scale (new weights without a learning rate): version 1, which needs none.
 
@@ -40,6 +42,7 @@ class Fedleak(LabelInference):
         rounds: rounds of label changes of the search.
         atoms: imagined atoms of the search.
         believed: residual up to which the search is believed.
+        doubt: error of the counts, in labels, above which they are read again by a network (`read_shares`).
         device: where the search computes, in float64.
     """
 
@@ -53,6 +56,7 @@ class Fedleak(LabelInference):
         rounds: int = 6,
         atoms: int = 2000,
         believed: float = 0.05,
+        doubt: float = 0.3,
         device: str = "cpu",
     ) -> None:
         self.largest = largest
@@ -60,6 +64,7 @@ class Fedleak(LabelInference):
         self.rounds = rounds
         self.atoms = atoms
         self.believed = believed
+        self.doubt = doubt
         self.device = device
 
     def infer(
@@ -100,9 +105,24 @@ class Fedleak(LabelInference):
             some = _part(evidence, rest)
             posterior = _posterior(some, knowledge, seed)
             found = self._search(some, posterior, knowledge, seed)
+            posterior = self._doubtful(some, posterior, set(found), knowledge, seed)
             for k, (place, guess) in enumerate(zip(rest, guesses_from(posterior.counts, candidates), strict=True)):
                 guesses[place] = _merge(found[k], guess, candidates, evidence.layer.classes) if k in found else guess
         return [guesses[place] for place in range(len(evidence.totals))]
+
+    def _doubtful(
+        self, evidence: Evidence, posterior: Posterior, done: set[int], knowledge: Knowledge, seed: int
+    ) -> Posterior:
+        """Read again, at greater cost, what simulation is unsure of and the search has not found."""
+        once = [(observation.local_steps or 1) == 1 for observation in evidence.observations]
+        places = [n for n, spread in enumerate(posterior.spread.tolist()) if spread > self.doubt and once[n]]
+        places = [n for n in places if n not in done]
+        if not places or evidence.layer.classes > 20:
+            return posterior
+        expected = posterior.counts.expected.clone()
+        shares = read_shares(_part(evidence, places), knowledge, seed=seed)
+        expected[places] = evidence.totals[places, None] * shares
+        return Posterior(Counts(round_counts(expected, evidence.totals), expected), posterior.spread)
 
     def _search(self, evidence: Evidence, posterior: Posterior, knowledge: Knowledge, seed: int) -> dict[int, Found]:
         """What row-space matching found, for the updates it applies to and is believed for."""

@@ -5,34 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedleak.attacks.base import Knowledge
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, bias_gradient, round_counts, scale_known
 from fedleak.attacks.labels.posterior import Pool, Samples, domain_images, readings, simulate, skewed_labels
 from fedleak.attacks.labels.probe import auxiliary_images, probe
-
-
-class Reader(nn.Module):
-    """Class shares from per-class readings, the same function for every class.
-
-    Args:
-        inputs: readings a class, F.
-        width: hidden units.
-    """
-
-    def __init__(self, inputs: int, width: int = 32) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(3 * inputs, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1)
-        )
-
-    def forward(self, values: Tensor) -> Tensor:
-        """``[J, C, F]`` readings to ``[J, C]`` shares that sum to 1."""
-        low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)
-        return self.net(torch.cat([values, low.expand_as(values), high.expand_as(values)], dim=2))[..., 0].softmax(
-            dim=1
-        )
+from fedleak.attacks.labels.reader import train_and_read
 
 
 class Learned(CountInference):
@@ -83,25 +62,11 @@ class Learned(CountInference):
                 one = slice(place, place + 1)
                 values = readings(bias[one], evidence.sums[one], evidence.weight[one].double() @ head.T, shift, total)
                 seen.append(_per_class(values, layer.classes))
-            expected[places] = total * self._read(torch.cat(known), torch.cat(shares), torch.cat(seen), seed)
+            rows = torch.cat(known)
+            expected[places] = total * train_and_read(
+                rows, torch.cat(shares), torch.ones(len(rows)), torch.cat(seen), steps=self.steps, seed=seed
+            )
         return Counts(round_counts(expected, evidence.totals), expected)
-
-    def _read(self, known: Tensor, shares: Tensor, seen: Tensor, seed: int) -> Tensor:
-        """Train on known readings ``[J, C, F]`` and shares ``[J, C]``, and read ``[N, C, F]``."""
-        mean, spread = known.mean(dim=(0, 1)), known.std(dim=(0, 1)).clamp(min=1e-30)
-        known, seen = (((values - mean) / spread).clamp(-5, 5).float() for values in (known, seen))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            reader = Reader(known.shape[2])
-        optimizer = torch.optim.Adam(reader.parameters(), lr=3e-3)
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(self.steps):
-            some = torch.randint(len(known), (min(128, len(known)),), generator=generator)
-            optimizer.zero_grad()
-            (reader(known[some]) - shares[some].float()).square().mean().backward()
-            optimizer.step()
-        with torch.no_grad():
-            return reader(seen).double()
 
 
 def _shift(parameters: Mapping[str, Tensor], name: str | None, classes: int) -> Tensor:

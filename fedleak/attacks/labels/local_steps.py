@@ -126,7 +126,8 @@ def local_step_counts(
             values.append(path.readings(moments, lr * steps))
             shares.append(one_hot(drawn, classes).double().mean(dim=1))
             half.append(torch.full((len(drawn),), place))
-        share, error = regress(torch.cat(values), torch.cat(shares), torch.cat(half), seen)
+        found = regress(torch.cat(values), torch.cat(shares), torch.cat(half), seen)
+        share, error = found.shares, found.error
     return total * share, total * error
 
 

@@ -8,6 +8,7 @@ few hundred images for each model, and no backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,9 +93,6 @@ def label_posterior(
     *,
     seed: int,
     batches: int = 768,
-    per_class: int = 40,
-    domains: int = 32,
-    domain_size: int = 12,
 ) -> Posterior:
     """Counts of N updates by regression on simulated batches of their models.
 
@@ -108,18 +106,51 @@ def label_posterior(
         knowledge: what the attacker holds.
         seed: decides every draw, the same for each update.
         batches: simulated batches of each regression.
-        per_class: auxiliary images of each class at most.
-        domains: kinds of dummy images.
-        domain_size: dummy images of each kind.
     """
+    classes = evidence.layer.classes
+    expected = torch.zeros(evidence.sums.shape, dtype=torch.float64)
+    spread = torch.zeros(len(expected), dtype=torch.float64)
+    for n, model in enumerate(models(evidence, knowledge, seed)):
+        total = int(evidence.totals[n])
+        halves = model.halves()
+        each = batches // len(halves)
+        drawn = [skewed_labels(classes, each, total, seed + part) for part in range(len(halves))]
+        first = regress(*simulate(halves, drawn, model.head, model.shift, seed), model.seen)
+        base = round_counts(total * first.shares[None], evidence.totals[n : n + 1])[0]
+        drawn = [near(base, total * first.error, each, seed + part) for part in range(len(halves))]
+        second = regress(*simulate(halves, drawn, model.head, model.shift, seed + len(halves)), model.seen)
+        expected[n], spread[n] = total * second.shares, total * second.error
+    return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the attacker knows of one update and of the model behind it.
+
+    Attributes:
+        families: samples to simulate batches from; what they are is uncertain, so that there may be several kinds.
+        head, shift: ``[C, d]`` and ``[C]``, the last layer; zeros where it has no bias.
+        seen: ``[1, F]``, the update's readings.
+    """
+
+    families: list[Samples]
+    head: Tensor
+    shift: Tensor
+    seen: Tensor
+
+    def halves(self) -> list[Samples]:
+        """First and second halves of the families in turn."""
+        return [half for family in self.families for half in family.halves()]
+
+
+def models(evidence: Evidence, knowledge: Knowledge, seed: int, per_class: int = 40) -> Iterator[Model]:
+    """The models of N updates, in order, with up to `per_class` auxiliary images of each class run through them."""
     layer = evidence.layer
-    images, pool = inputs(knowledge, seed, per_class=per_class, domains=domains, domain_size=domain_size)
+    images, pool = inputs(knowledge, seed, per_class=per_class)
     found = probe(evidence.observations, layer, knowledge, images)
     bias = bias_gradient(evidence, knowledge, seed)
-    expected = torch.zeros_like(bias)
-    spread = torch.zeros(len(bias), dtype=torch.float64)
     for n, observation in enumerate(evidence.observations):
-        unit, total = int(found.which[n]), int(evidence.totals[n])
+        unit, one = int(found.which[n]), slice(n, n + 1)
         head = observation.parameters[layer.weight].double()
         shift = observation.parameters[layer.bias].double() if layer.bias else torch.zeros_like(head[:, 0])
         features, probabilities = found.features[unit].double(), found.probabilities[unit].double()
@@ -130,17 +161,9 @@ def label_posterior(
             # A fresh head would need features further from those seen than these are from zero: it is not trained.
             if float((imagined.features - mean).norm(dim=1).median()) < float(mean.norm()):
                 families.append(imagined)
-        one, gradient = slice(n, n + 1), evidence.weight[n].double()
-        seen = readings(bias[one], evidence.sums[one], (gradient @ head.T)[None], shift, total)
-        halves = [half for family in families for half in family.halves()]
-        each = batches // len(halves)
-        drawn = [skewed_labels(layer.classes, each, total, seed + part) for part in range(len(halves))]
-        mean, error = regress(*simulate(halves, drawn, head, shift, seed), seen)
-        base = round_counts(total * mean[None], evidence.totals[n : n + 1])[0]
-        drawn = [near(base, total * error, each, seed + part) for part in range(len(halves))]
-        mean, error = regress(*simulate(halves, drawn, head, shift, seed + len(halves)), seen)
-        expected[n], spread[n] = total * mean, total * error
-    return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
+        logits = (evidence.weight[n].double() @ head.T)[None]
+        seen = readings(bias[one], evidence.sums[one], logits, shift, int(evidence.totals[n]))
+        yield Model(families, head, shift, seen)
 
 
 def inputs(
@@ -260,13 +283,36 @@ def readings(bias: Tensor, sums: Tensor, logits: Tensor, shift: Tensor, total: i
     return torch.cat(parts, dim=1)
 
 
-def regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Class shares behind the readings `seen` ``[1, F]``, and their root mean square error, by weighted ridge.
+@dataclass(frozen=True)
+class Regression:
+    """What `regress` makes of one update.
+
+    Attributes:
+        shares: ``[C]``, class shares of the batch behind it.
+        error: root mean square error of such an answer.
+        held_out: ``[J, C]``, answers for the known batches, each from the regression on the other half.
+        weight: ``[J]``, how much each known batch weighed.
+    """
+
+    shares: Tensor
+    error: Tensor
+    held_out: Tensor
+    weight: Tensor
+
+
+def regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> Regression:
+    """Class shares behind the readings `seen` ``[1, F]`` by weighted ridge regression on known batches.
 
     Either the shares are regressed on the readings, or p̄, from which the identity gives them; whichever errs less.
-    Simulated batches weigh by how near the size of their bias gradient is to that seen. The penalty is the one that
+    Known batches weigh by how near the size of their bias gradient is to that seen. The penalty is the one that
     carries over best from batches of one half of the samples to batches of the other: within a half, a trained
     model's few doubtful samples would be learnt by heart.
+
+    Args:
+        values: ``[J, F]``, readings of the known batches, ∂L/∂b first.
+        shares: ``[J, C]``, their class shares.
+        half: ``[J]``, 0 or 1.
+        seen: ``[1, F]``.
     """
     classes = shares.shape[1]
     size = values[:, :classes].norm(dim=1).clamp(min=1e-30).log()
@@ -277,21 +323,24 @@ def regress(values: Tensor, shares: Tensor, half: Tensor, seen: Tensor) -> tuple
     centre = weight @ values
     spread = (weight @ (values - centre).square()).sqrt().clamp(min=1e-30)
     known, asked = ((values - centre) / spread).clamp(-5, 5), ((seen - centre) / spread).clamp(-5, 5)
-    best: tuple[float, Tensor] | None = None
+    best: Regression | None = None
     for offset, seen_offset in ((values[:, :classes], seen[0, :classes]), (torch.zeros_like(shares), torch.zeros(1))):
         level = weight @ (shares + offset)  # shares + ∂L/∂b is p̄, whose ridge shrinks to the plain identity
         target = shares + offset - level
         errors = torch.zeros(len(_PENALTIES), dtype=torch.float64)
+        held_out = torch.zeros(len(_PENALTIES), *shares.shape, dtype=torch.float64)
         for fold in (0, 1):
             train, test = half == fold, half != fold
             for k, coefficients in enumerate(_ridge(known[train], target[train], weight[train])):
-                errors[k] += weight[test] @ (target[test] - known[test] @ coefficients).square().mean(dim=1)
+                guess = known[test] @ coefficients
+                errors[k] += weight[test] @ (target[test] - guess).square().mean(dim=1)
+                held_out[k, test] = guess + level - offset[test]
         least = int(errors.argmin())
-        if best is None or float(errors[least]) < best[0]:
+        if best is None or float(errors[least].sqrt()) < float(best.error):
             answer = level + (asked @ _ridge(known, target, weight)[least])[0] - seen_offset
-            best = float(errors[least]), answer.clamp(0, 1)
+            best = Regression(answer.clamp(0, 1), errors[least].sqrt(), held_out[least], weight)
     assert best is not None
-    return best[1], torch.tensor(best[0], dtype=torch.float64).sqrt()
+    return best
 
 
 _PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e4)
