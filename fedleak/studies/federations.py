@@ -9,9 +9,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedleak import pipeline
+from fedleak.attacks import Attack
 from fedleak.config import check, compose_config, plain
+from fedleak.errors import UsageError
 from fedleak.pipeline import Outcome
 from fedleak.studies.base import Job
+from fedleak.threat import ThreatModel
 
 Cells = Mapping[str, Sequence[str]]
 """A cell's name, which is its folder's, -> overrides on top of the user's: ``{"noise": ["defense=gaussian"]}``."""
@@ -20,6 +23,26 @@ Cells = Mapping[str, Sequence[str]]
 def cell_config(job: Job, changes: Sequence[str]) -> dict[str, Any]:
     """The configuration of one federation: what the user typed, then `changes`."""
     return plain(compose_config([*job.overrides, *changes])) | {"study": None, "quick": False}
+
+
+def cell_attack(job: Job, key: str, changes: Sequence[str]) -> tuple[Attack, ThreatModel]:
+    """The attack of one cell and what it is granted.
+
+    Args:
+        job: the study's.
+        key: where `changes` stand in the configuration, for error messages.
+        changes: overrides that choose an attack.
+
+    Raises:
+        UsageError: there is no attack, or it cannot be used on such a federation.
+    """
+    config = cell_config(job, changes)
+    check(config)
+    attack = pipeline.build_attack(config)
+    if attack is None:
+        raise UsageError(f"{key}: attacks nothing; choose an attack, see fedleak list")
+    pipeline.check_attack(attack, config)
+    return attack, ThreatModel(**config["threat"])
 
 
 def check_cells(job: Job, cells: Cells) -> None:

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from fedleak.attacks import Attack
 from fedleak.capture import Observation
-from fedleak.config import Rule, check, is_number, whole
+from fedleak.config import Rule, is_number, whole
 from fedleak.defenses import Defense, Gaussian, Laplacian, NoDefense, Pruning
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal, wilson
 from fedleak.evaluation.metrics import mse, psnr, ssim
 from fedleak.evaluation.scores import Match, match
-from fedleak.pipeline import build_attack, check_attack, write_csv
+from fedleak.pipeline import write_csv
 from fedleak.report.pictures import pixels
 from fedleak.seeding import generator
 from fedleak.studies.base import Job, Study, require
 from fedleak.studies.captured import image_summary
-from fedleak.studies.federations import cell_config, check_cells, run_cells
+from fedleak.studies.federations import cell_attack, check_cells, run_cells
 from fedleak.studies.fresh import Victims, draw_victims
 from fedleak.studies.named_data import load_named
 from fedleak.threat import ThreatModel
@@ -169,13 +169,8 @@ class FirstDefenses(Study):
         return replace(clean, observations=observations, truths=truths), changes
 
     def _attack(self, job: Job, name: str) -> Attack:
-        config = cell_config(job, ["federation=fedsgd", *self.attacks[name], "federation.batch_size=1"])
-        check(config)
-        attack = build_attack(config)
-        if attack is None:
-            raise UsageError(f"study.attacks.{name}: attacks nothing; choose an attack, see fedleak list")
-        check_attack(attack, config)
-        return attack
+        overrides = ["federation=fedsgd", *self.attacks[name], "federation.batch_size=1"]
+        return cell_attack(job, f"study.attacks.{name}", overrides)[0]
 
     def _places(self, job: Job) -> dict[str, tuple[str, float, int]]:
         """Cell's name -> defense, strength, seed."""

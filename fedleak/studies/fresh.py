@@ -14,7 +14,7 @@ from torch import Tensor
 from fedleak.attacks import Attack, Knowledge, Reconstruction
 from fedleak.attacks.base import Progress
 from fedleak.capture import Observation
-from fedleak.config import Rule, check, whole
+from fedleak.config import Rule, whole
 from fedleak.data import ImageData, to_float
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal, of_median, wilson
@@ -23,10 +23,10 @@ from fedleak.evaluation.metrics import label_accuracy, labels_exact
 from fedleak.evaluation.scores import match
 from fedleak.federation.scenario import load_data
 from fedleak.models import build_model
-from fedleak.pipeline import build_attack, check_attack, write_csv
+from fedleak.pipeline import write_csv
 from fedleak.seeding import derive_seed, generator
 from fedleak.studies.base import Job, Study, list_of, require
-from fedleak.studies.federations import cell_config
+from fedleak.studies.federations import cell_attack
 from fedleak.studies.named_data import load_named
 from fedleak.threat import ThreatModel
 from fedleak.truth import Truth
@@ -239,13 +239,7 @@ class FreshNetworks(Study):
 
     def _attack(self, job: Job, name: str, batch_size: int) -> tuple[Attack, ThreatModel]:
         overrides = [*self.attacks[name], f"federation.batch_size={batch_size}", "federation=fedsgd"]
-        config = cell_config(job, overrides)
-        check(config)
-        attack = build_attack(config)
-        if attack is None:
-            raise UsageError(f"study.attacks.{name}: attacks nothing; choose an attack, see fedleak list")
-        check_attack(attack, config)
-        return attack, ThreatModel(**config["threat"])
+        return cell_attack(job, f"study.attacks.{name}", overrides)
 
     def _attacked(
         self, job: Job, data: ImageData, cell: Cell, advance: Callable[[int, str], None]
