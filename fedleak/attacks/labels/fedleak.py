@@ -8,10 +8,12 @@ from typing import ClassVar
 import torch
 
 from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.labels.bias import Bias
 from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from, round_counts
 from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.ilrg import ILRG
 from fedleak.attacks.labels.last_layer import find_last_layer
+from fedleak.attacks.labels.llg import LLG
 from fedleak.attacks.labels.local_steps import local_step_counts
 from fedleak.attacks.labels.posterior import Posterior, domain_images, inputs, label_posterior
 from fedleak.attacks.labels.probe import auxiliary_images, probe
@@ -215,10 +217,22 @@ def _posterior(evidence: Evidence, knowledge: Knowledge, seed: int) -> Posterior
         expected[once], spread[once] = found.counts.expected, found.spread
     if several.any():
         images, pool = inputs(knowledge, seed, per_class=80)
-        for n in several.nonzero()[:, 0].tolist():
+        places = several.nonzero()[:, 0].tolist()
+        some = _part(evidence, places)
+        others = [method.count(some, knowledge, seed=seed).counts for method in (LLG(), Bias(), ILRG())]
+        rough = torch.stack([_without_scale(some).counts, *others], dim=1) / some.totals[:, None, None]
+        for place, n in enumerate(places):
             bias = evidence.bias[n] if evidence.bias is not None else None
             expected[n], spread[n] = local_step_counts(
-                evidence.observations[n], evidence.weight[n], bias, evidence.layer, knowledge, images, pool, seed=seed
+                evidence.observations[n],
+                evidence.weight[n],
+                bias,
+                evidence.layer,
+                knowledge,
+                images,
+                pool,
+                rough[place],
+                seed=seed,
             )
     return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
 

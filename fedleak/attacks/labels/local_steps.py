@@ -80,6 +80,7 @@ def local_step_counts(
     knowledge: Knowledge,
     images: Tensor,
     pool: Pool,
+    rough: Tensor,
     *,
     seed: int,
     clients: int = 2000,
@@ -94,6 +95,8 @@ def local_step_counts(
         knowledge: what the attacker holds.
         images: ``[M, C, H, W]`` to simulate clients with, see `fedleak.attacks.labels.posterior.inputs`.
         pool: their labels.
+        rough: ``[K, C]``, other methods' shares: the second regression starts from those counts, or from the first's
+            answer, whose simulated clients come closest to the update.
         seed: decides every draw.
         clients: cheap simulations of each of the two regressions.
         in_full: whole simulations of the last, fewer for large models.
@@ -107,12 +110,12 @@ def local_step_counts(
     in_full = max(4, min(in_full, int(in_full * 1e5 / size), int(in_full * 4e3 / total)))
     seen = path.readings(path.moments(weight, bias)[None], lr * steps)
     generator = torch.Generator().manual_seed(seed)
-    share, error = torch.full((classes,), 1 / classes, dtype=torch.float64), torch.ones(())
+    share = error = torch.ones(())
+    base = torch.zeros(classes, dtype=torch.int64)
     for last in (False, True):
         values, shares, half = [], [], []
         for place, (index, part) in enumerate(pool.halves()):
             if last:
-                base = round_counts(total * share[None], torch.tensor([total]))[0]
                 drawn = near(base, total * error, clients // 2, seed + place)
             else:
                 drawn = skewed_labels(classes, clients // 2, total, seed + place)
@@ -128,6 +131,9 @@ def local_step_counts(
             half.append(torch.full((len(drawn),), place))
         found = regress(torch.cat(values), torch.cat(shares), torch.cat(half), seen)
         share, error = found.shares, found.error
+        if not last:
+            guesses = round_counts(total * torch.cat([share[None], rough]), torch.full((1 + len(rough),), total))
+            base = guesses[_likeliest(observation, layer, knowledge, path, images, pool, guesses, seen, seed)]
     return total * share, total * error
 
 
@@ -155,6 +161,35 @@ def _path(observation: Observation, layer: LastLayer, knowledge: Knowledge, imag
     _, sizes, axes = torch.linalg.svd(middle - centre, full_matrices=False)
     white = axes[:components].T * (len(images) ** 0.5 / sizes[:components].clamp(min=1e-9 * float(sizes[0])))
     return Path(first, last, head, centre, white, basis, layer.bias is not None)
+
+
+def _likeliest(
+    observation: Observation,
+    layer: LastLayer,
+    knowledge: Knowledge,
+    path: Path,
+    images: Tensor,
+    pool: Pool,
+    guesses: Tensor,
+    seen: Tensor,
+    seed: int,
+    clients: int = 12,
+) -> int:
+    """Which of the counts ``[K, C]`` gives the readings `seen` ``[1, F]``, by `clients` whole simulations of each."""
+    generator = torch.Generator().manual_seed(seed)
+    assert observation.lr is not None
+    reach = observation.lr * (observation.local_steps or 1)
+    means, within = [], []
+    for counts in guesses:
+        drawn = torch.arange(len(counts)).repeat_interleave(counts).expand(clients, -1)
+        drawn = drawn.gather(1, torch.rand(drawn.shape, generator=generator).argsort(dim=1))
+        pick = pool.draw(drawn, generator)
+        values = path.readings(_full(observation, layer, knowledge, path, images, pick, drawn, seed), reach)
+        means.append(values.mean(dim=0))
+        within.append(values.var(dim=0))
+    width = torch.stack(within).mean(dim=0)
+    misfit = (torch.stack(means) - seen).square() / (width + 1e-6 * width.mean()).clamp(min=1e-30)
+    return int(misfit.mean(dim=1).argmin())
 
 
 def _cheap(path: Path, pick: Tensor, labels: Tensor, steps: int, lr: float) -> Tensor:

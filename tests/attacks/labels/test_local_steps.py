@@ -5,7 +5,7 @@ from torch import nn
 from fedleak.attacks.labels import Fedleak
 from fedleak.attacks.labels.counting import collect
 from fedleak.attacks.labels.last_layer import find_last_layer
-from fedleak.attacks.labels.local_steps import _cheap, _full, _path, local_step_counts
+from fedleak.attacks.labels.local_steps import _cheap, _full, _likeliest, _path, local_step_counts
 from fedleak.attacks.labels.posterior import Pool, inputs
 
 
@@ -43,14 +43,30 @@ def test_counts_of_ten_local_steps(payload, observe, lenet, knowing):
         knowledge = knowing(model, auxiliary=classes_of(400, 7))
         evidence = collect([observation], find_last_layer(knowledge))
         held, pool = inputs(knowledge, 0)
+        layer, wrong = evidence.layer, torch.nn.functional.one_hot(torch.arange(2), 10).double()
         counts, error = local_step_counts(
-            observation, evidence.weight[0], evidence.bias[0], evidence.layer, knowledge, held, pool, seed=0, in_full=64
+            observation, evidence.weight[0], evidence.bias[0], layer, knowledge, held, pool, wrong, seed=0, in_full=64
         )
         truth = torch.bincount(labels, minlength=10)
         overlap.append(1 - float((counts - truth).abs().sum()) / 80)
         stated.append(float((counts - truth).square().mean().sqrt() / error))
     assert sum(overlap) / 3 > 0.95  # uniform counts: about .8
     assert max(stated) < 3  # the error it states is the error it makes
+
+
+def test_whole_clients_tell_the_true_counts_from_wrong_ones(observe, lenet, knowing):
+    model = lenet(1, uniform=True)
+    images, labels = classes_of(40, 2)
+    observation = observe(model, images, labels, steps=5, payload="weights", lr=0.1)
+    knowledge = knowing(model, auxiliary=classes_of(400, 7))
+    evidence = collect([observation], find_last_layer(knowledge))
+    held, pool = inputs(knowledge, 0)
+    path = _path(observation, evidence.layer, knowledge, held, 30)
+    seen = path.readings(path.moments(evidence.weight[0], evidence.bias[0])[None], 0.5)
+    truth = torch.bincount(labels, minlength=10)
+    wrong = [truth.roll(shift) for shift in (1, 3, 5)]
+    guesses = torch.stack([*wrong[:2], truth, wrong[2]])
+    assert _likeliest(observation, evidence.layer, knowledge, path, held, pool, guesses, seen, 0) == 2
 
 
 def test_one_local_step_of_weights_gives_the_labels_of_its_gradient(observe, lenet, knowing):
