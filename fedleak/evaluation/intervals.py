@@ -15,7 +15,7 @@ def wilson(share: float, runs: int) -> tuple[float, float]:
     z2 = Z**2
     centre = (share + z2 / (2 * runs)) / (1 + z2 / runs)
     half = Z / (1 + z2 / runs) * np.sqrt(share * (1 - share) / runs + z2 / (4 * runs**2))
-    return float(centre - half), float(centre + half)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def normal(values: Iterable[float]) -> tuple[float, float]:

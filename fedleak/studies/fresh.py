@@ -145,7 +145,7 @@ class FreshNetworks(Study):
         batch_sizes: Sequence[int] = (1,),
         datasets: Sequence[str] | None = None,
         roots: Mapping[str, str | None] | None = None,
-        fewer: Mapping[str, Mapping[str, int]] | None = None,
+        fewer: Mapping[str, Mapping[str, int] | None] | None = None,
     ) -> None:
         require("batch_sizes", batch_sizes, list_of(1))
         require("networks", networks, whole(1) if isinstance(networks, int) else list_of(1))
@@ -154,8 +154,9 @@ class FreshNetworks(Study):
             raise UsageError(f"study.networks={networks}: must be one number, or one for each of {batch_sizes}")
         named = Rule(lambda v: v is None or (isinstance(v, list) and len(v) > 0), "a list of choices of data")
         require("datasets", datasets, named)
-        for data, by_attack in (fewer or {}).items():
-            for attack, count in by_attack.items():
+        self.fewer = {data: by_attack or {} for data, by_attack in (fewer or {}).items()}
+        for data, counted in self.fewer.items():
+            for attack, count in counted.items():
                 require(f"fewer.{data}.{attack}", count, whole(1))
                 if attack not in attacks:
                     raise UsageError(f"study.fewer.{data}.{attack}: no such attack here; known: {', '.join(attacks)}")
@@ -164,7 +165,6 @@ class FreshNetworks(Study):
         self.networks = counts
         self.datasets = datasets
         self.roots = roots or {}
-        self.fewer = fewer or {}
 
     def check(self, job: Job) -> None:
         """The data are there, and every attack can be made of its overrides and takes the batches."""

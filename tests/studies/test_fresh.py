@@ -88,7 +88,9 @@ def test_a_folder_of_class_folders_does_for_any_name_and_all_that_is_missing_is_
 
 
 def test_the_table_and_the_picture(tmp_path):
-    study = IdlgTable1({"dlg": DLG, "idlg_labels": SIGN_RULE}, 6, datasets=["digits"], fewer={"digits": {"dlg": 4}})
+    study = IdlgTable1(
+        {"dlg": DLG, "idlg_labels": SIGN_RULE}, 6, datasets=["digits"], fewer={"digits": {"dlg": 4}, "mnist": None}
+    )
     job = Job(plain(compose_config([])), [], tmp_path)
     study.check(job)
     shown = study.run(job)
