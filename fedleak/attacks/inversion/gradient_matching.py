@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Reconstruction
+from fedleak.attacks.chain.fully_connected import has_rank
 from fedleak.attacks.inversion.basis import Basis
-from fedleak.attacks.inversion.fast import chain_distance, has_rank
+from fedleak.attacks.inversion.fast import chain_distance
 from fedleak.attacks.inversion.gradients import Distance, Rows, Victim, VmapDistance, check_update
 from fedleak.attacks.inversion.objectives import L2, Objective
 from fedleak.attacks.inversion.optimizers import LBFGS, Optimizer
@@ -199,7 +200,7 @@ class GradientMatching(Inversion):
             check_update(
                 knowledge.model, victim, f"observation of round {observation.round} client {observation.client}"
             )
-            victim = replace(victim, gradient={name: part[name] for name in order})
+            victim = replace(victim, update={name: part[name] for name in order})
             if label is not None:
                 size = label.shape[1]
             elif observation.per_sample:
@@ -701,7 +702,7 @@ def _groups(cases: list[_Case]) -> list[list[_Case]]:
     """Cases that can be stacked: as many images, labels known or sought, the same layers' gradients in factors."""
     groups: dict[tuple[int, bool, tuple[bool, ...]], list[_Case]] = {}
     for case in cases:
-        factored = tuple(has_rank(g, case.size) for g in case.victim.gradient.values() if g.dim() == 2)
+        factored = tuple(has_rank(g, case.size) for g in case.victim.update.values() if g.dim() == 2)
         groups.setdefault((case.size, case.labels is None, factored), []).append(case)
     return list(groups.values())
 

@@ -28,12 +28,12 @@ class Victim:
     Attributes:
         parameters: name -> tensor, where the client started from.
         buffers: name -> tensor, the model's buffers there.
-        gradient: name -> tensor, the mean gradient that the client sent, in the order of the model's parameters.
+        update: name -> tensor, the mean gradient that the client sent, in the order of the model's parameters.
     """
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
-    gradient: Mapping[str, Tensor]
+    update: Mapping[str, Tensor]
 
 
 class Distance(ABC):
@@ -136,8 +136,8 @@ class VmapDistance(Distance):
 
     def load(self, victims: Sequence[Victim]) -> Rows:
         """Targets, and parameters and buffers unless they are shared; keys are ``kind:name``."""
-        rows = {f"target:{name}": self._stack([v.gradient[name] for v in victims]) for name in victims[0].gradient}
-        rows["tt"] = torch.stack([rows[f"target:{name}"].square().flatten(1).sum(1) for name in victims[0].gradient], 1)
+        rows = {f"target:{name}": self._stack([v.update[name] for v in victims]) for name in victims[0].update}
+        rows["tt"] = torch.stack([rows[f"target:{name}"].square().flatten(1).sum(1) for name in victims[0].update], 1)
         if self.shared_parameters is None:
             for name in victims[0].parameters:
                 rows[f"parameters:{name}"] = self._stack([v.parameters[name] for v in victims])
@@ -210,7 +210,7 @@ def _activations(model: nn.Module, images_shape: Sequence[int]) -> int:
 def check_update(model: nn.Module, victim: Victim, who: str) -> None:
     """Raise `UsageError` unless `victim`'s update has the model's parameters in name and shape."""
     for name, parameter in model.named_parameters():
-        for kind in ("parameters", "gradient"):
+        for kind in ("parameters", "update"):
             value = getattr(victim, kind).get(name)
             if value is None or value.shape != parameter.shape:
                 found = "nothing" if value is None else list(value.shape)

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fedleak.attacks.chain.convolution import Convolution
+from fedleak.attacks.chain.fully_connected import FullyConnected, factors
 from fedleak.attacks.inversion import L2, Cosine, Objective, RelativeL2
-from fedleak.attacks.inversion.fast import ChainDistance, Convolution, FullyConnected, chain_distance, factors
+from fedleak.attacks.inversion.fast import ChainDistance, chain_distance
 from fedleak.attacks.inversion.gradients import Distance, Victim, VmapDistance
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Softplus]
@@ -75,7 +77,7 @@ def reference(model: nn.Module, victim: Victim, images: Tensor, labels: Tensor, 
     logits = torch.func.functional_call(model, parameters, (images,))
     loss = -(labels * logits.log_softmax(1)).sum(1).mean()
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-    pairs = list(zip(gradients, victim.gradient.values(), strict=True))
+    pairs = list(zip(gradients, victim.update.values(), strict=True))
     dd = torch.stack([(g - t).square().sum() for g, t in pairs])
     dt = torch.stack([((g - t) * t).sum() for g, t in pairs])
     tt = torch.stack([t.square().sum() for _, t in pairs])
@@ -139,7 +141,7 @@ def test_factored_layer_keeps_its_precision_where_updates_agree(batch: int) -> N
 def test_noisy_gradients_are_not_factored() -> None:
     model, shape = lenet_like(), (1, 8, 8)
     victims = victims_of(model, 2, 1, shape, 40, own=False)
-    noisy = {name: value + 1e-3 * torch.randn_like(value) for name, value in victims[1].gradient.items()}
+    noisy = {name: value + 1e-3 * torch.randn_like(value) for name, value in victims[1].update.items()}
     victims[1] = Victim(victims[1].parameters, {}, noisy)
     fast = chain_distance(model, L2(), victims, shape, 1, shared=True, dtype=torch.float64)
     assert fast is not None
@@ -217,7 +219,7 @@ def test_only_chains_take_the_fast_path(model: nn.Module, training: bool, fast: 
     shape, count, batch = (1, 4, 4), 2, 3
     victims = victims_of(model, count, batch, shape, 4, own=True)
     buffers = dict(model.named_buffers())
-    victims = [Victim(v.parameters, buffers, v.gradient) for v in victims]
+    victims = [Victim(v.parameters, buffers, v.update) for v in victims]
     options = {"training_mode": training, "dtype": torch.float64}
     distance: Distance | None = chain_distance(model, L2(), victims, shape, batch, shared=False, **options)
     assert isinstance(distance, ChainDistance) == fast
