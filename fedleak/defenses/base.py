@@ -1,18 +1,36 @@
-"""What a defense is: a transform of the update, applied on the client before anything leaves it."""
+"""What a defense is: what a client does to its update before anything leaves it, and how an attacker imitates that."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import jvp
 
 from fedleak.errors import UsageError
+from fedleak.training import LocalTraining, Tensors
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """What is known of the way from an undefended to the observed update, by one who knows the defense.
+
+    Attributes:
+        function: the change that a client would send undefended -> the one that it sends, but for random noise; out of
+            place and differentiable.
+        noise: name -> standard deviation, a number or one for each element, of what the observed change differs by from
+            `function` of the true one, in the units of the change.
+    """
+
+    function: Callable[[Tensors], Tensors]
+    noise: Mapping[str, Tensor | float]
 
 
 class Defense:
-    """A small transform of an update; this one changes nothing. Subclass it in a file of your own and name it by
+    """Three hooks, of which each by default changes nothing. Subclass it in a file of your own and name it by
     ``_target_``.
 
     The update is the change that the client sends: a gradient, or new minus old weights. A strength in the units of
@@ -20,8 +38,25 @@ class Defense:
     about lr × local steps times a gradient's.
     """
 
-    def apply(self, update: dict[str, Tensor], *, generator: torch.Generator) -> dict[str, Tensor]:
-        """The defended update. Pure: `update` and its tensors are never modified.
+    @property
+    def per_example(self) -> bool:
+        """Whether `examples` does anything, so that clients compute the gradient of every sample."""
+        return type(self).examples is not Defense.examples
+
+    def examples(self, gradients: Tensors, *, generator: torch.Generator) -> Tensors:
+        """Inside a local step: the defended gradients of its samples, whose mean the client then trains with. Pure.
+
+        Args:
+            gradients: name -> ``[B, ...]``.
+            generator: the only source of randomness.
+
+        Returns:
+            A new dictionary, same names in the same order, shapes, dtypes and devices.
+        """
+        return dict(gradients)
+
+    def apply(self, update: Tensors, *, generator: torch.Generator) -> Tensors:
+        """Before sending: the defended update. Pure: `update` and its tensors are never modified.
 
         Args:
             update: name -> tensor of any shape, what the client would send without a defense.
@@ -32,6 +67,18 @@ class Defense:
             its memory with `update`.
         """
         return dict(update)
+
+    def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation | None:
+        """For an attacker who knows this defense: what it makes of an update, as far as an observed one tells.
+
+        Args:
+            observed: name -> tensor, the change that was sent.
+            training: how the client trained, as far as the attacker knows.
+
+        Returns:
+            None where the defense cannot be imitated.
+        """
+        return Imitation(dict, dict.fromkeys(observed, 0.0))
 
 
 class NoDefense(Defense):
@@ -45,7 +92,7 @@ class Chain(Defense):
         parts: the defenses, the first applied first.
 
     Raises:
-        UsageError: `parts` is empty or holds something that has no `apply`.
+        UsageError: `parts` is empty or holds something that is no `Defense`.
     """
 
     def __init__(self, parts: Iterable[Defense]) -> None:
@@ -53,17 +100,74 @@ class Chain(Defense):
         if not self.parts:
             raise UsageError("defense.parts=[] has no defense in it; name at least one, or choose defense=none")
         for index, part in enumerate(self.parts):
-            if not callable(getattr(part, "apply", None)):
+            if not isinstance(part, Defense):
                 raise UsageError(
                     f"defense.parts[{index}]={part!r} is no defense; give a node such as "
                     "{_target_: fedleak.defenses.Gaussian, std: 0.01}"
                 )
 
-    def apply(self, update: dict[str, Tensor], *, generator: torch.Generator) -> dict[str, Tensor]:
+    @property
+    def per_example(self) -> bool:
+        return any(part.per_example for part in self.parts)
+
+    def examples(self, gradients: Tensors, *, generator: torch.Generator) -> Tensors:
+        for part in self.parts:
+            gradients = part.examples(gradients, generator=generator)
+        return dict(gradients)
+
+    def apply(self, update: Tensors, *, generator: torch.Generator) -> Tensors:
         result = dict(update)
         for part in self.parts:
             result = part.apply(result, generator=generator)
         return result
+
+    def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation | None:
+        """The parts' imitations, each told of the observed update what came out of the last; their noise adds up.
+
+        A part's noise goes on through those after it as through an elementwise function, linear around the observed
+        update: exact for noise and pruning.
+        """
+        found = [part.imitate(observed, training) for part in self.parts]
+        known = [imitation for imitation in found if imitation is not None]
+        if len(known) < len(found):
+            return None
+
+        def function(update: Tensors) -> Tensors:
+            for imitation in known:
+                update = imitation.function(update)
+            return update
+
+        at = dict(observed)
+        noise: dict[str, Tensor | float] = dict.fromkeys(observed, 0.0)
+        for imitation in known:
+            spread = {name: torch.zeros_like(value) + noise[name] for name, value in at.items()}
+            spread = jvp(imitation.function, (at,), (spread,))[1]
+            noise = {name: (value**2 + imitation.noise[name] ** 2) ** 0.5 for name, value in spread.items()}
+        return Imitation(function, noise)
+
+
+def leaving(defense: Defense, change: Mapping[str, Tensor], *, generator: torch.Generator) -> Tensors:
+    """What leaves the client of a change: what the defense returned, and nothing else.
+
+    The defense gets a copy, so that one that works in place cannot let the undefended change through.
+
+    Raises:
+        UsageError: it returned other names or another dtype, so that nothing leaves.
+    """
+    given = {name: value.clone() for name, value in change.items()}
+    returned = defense.apply(given, generator=generator)
+    who = f"defense={type(defense).__name__}"
+    if returned.keys() != change.keys():
+        odd = sorted(returned.keys() ^ change.keys())[0]
+        what = "left out" if odd in change else "made up"
+        raise UsageError(f"{who} {what} {odd}, and the update is withheld; let apply return the names that it is given")
+    for name, value in change.items():
+        if returned[name].dtype != value.dtype:
+            raise UsageError(
+                f"{who} made {returned[name].dtype} of {name}, which is {value.dtype}, and the update is withheld; "
+                "let apply keep dtypes"
+            )
+    return {name: returned[name] for name in change}
 
 
 def non_negative(key: str, value: float) -> float:

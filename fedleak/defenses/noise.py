@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedleak.defenses.base import Defense, non_negative
+from fedleak.defenses.base import Defense, Imitation, non_negative
+from fedleak.training import LocalTraining
 
 
 class Noise(Defense):
@@ -15,6 +18,9 @@ class Noise(Defense):
 
     Integer tensors (BatchNorm's counters, say) stay as they are.
     """
+
+    unit_std: ClassVar[float] = 1.0
+    """Standard deviation of unit noise."""
 
     def __init__(self, strength: float) -> None:
         self.strength = strength
@@ -32,6 +38,11 @@ class Noise(Defense):
                 noise = self.sample(torch.empty(value.shape, dtype=dtype, device=generator.device), generator)
                 result[name] = value + (self.strength * noise).to(value)
         return result
+
+    def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation:
+        """The update itself: noise has mean zero."""
+        std = self.strength * self.unit_std
+        return Imitation(dict, {name: std if value.is_floating_point() else 0.0 for name, value in observed.items()})
 
 
 class Gaussian(Noise):
@@ -60,6 +71,8 @@ class Laplacian(Noise):
     Raises:
         UsageError: `scale` is negative or not finite.
     """
+
+    unit_std = 2**0.5
 
     def __init__(self, scale: float = 0.01) -> None:
         super().__init__(non_negative("defense.scale", scale))
