@@ -40,11 +40,13 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
-from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.closed_form import Peeling
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.results import Progress
 from fedleak.capture import Observation
 from fedleak.models.lenet import LeNet
+from fedleak.training import LocalTraining
 
 SUCCESS = 1e-3
 STEPS = 300
@@ -159,9 +161,9 @@ def make_victims(setting: Setting, images: Images, count: int, seed: int, device
         loss = F.cross_entropy(model(x.to(device)), y.to(device))
         update = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
         start = {name: value.detach().clone() for name, value in zip(names, parameters, strict=True)}
-        observation = Observation(
-            1, number, start, update, batch_size=len(y), local_steps=1, labels=y.sort().values if len(y) > 1 else None
-        )
+        training = LocalTraining(batch_size=len(y), local_steps=1)
+        labels = y.sort().values if len(y) > 1 else None
+        observation = Observation(1, number, start, update, training, labels=labels)
         victims.append(Victim(observation, x, y))
     return victims
 
@@ -263,7 +265,7 @@ def run_engine(name: str, victims: Sequence[Victim], device: str, seed: int) -> 
 
     start = time.perf_counter()
     guesses = [guess(observation) for observation in observations]
-    results = engine().invert(observations, guesses, knowledge, device=device, seed=seed, on_progress=progress)
+    results = engine().invert(observations, guesses, knowledge, Run(device, seed, on_progress=progress))
     seconds = time.perf_counter() - start
     hits = [recovered(result.images, victim.images) for result, victim in zip(results, victims, strict=True)]
     return row(name, "engine", hits, [result.evaluations for result in results], setting.batch_size, seconds)

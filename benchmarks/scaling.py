@@ -54,7 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from inversion import SETTINGS, Setting, say
 
-from fedleak.attacks.base import Inversion, Knowledge, LabelGuess
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.closed_form import Peeling
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.gradients import Distance
@@ -62,6 +62,7 @@ from fedleak.attacks.inversion.objectives import L2
 from fedleak.attacks.inversion.optimizers import LBFGS
 from fedleak.capture import Observation
 from fedleak.models.lenet import LeNet
+from fedleak.training import LocalTraining
 
 MOST_CALLS = 5
 SATURATED = 1.1
@@ -144,7 +145,7 @@ def make_victims(setting: Setting, count: int, shared: bool, seed: int) -> tuple
         loss = F.cross_entropy(torch.func.functional_call(model, leaves, image), label)
         update = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         start = {name: value.detach() for name, value in parameters.items()}
-        observations.append(Observation(1, number, start, update, batch_size=1, local_steps=1))
+        observations.append(Observation(1, number, start, update, LocalTraining(batch_size=1, local_steps=1)))
         guesses.append(LabelGuess(label[None], torch.ones(1)))
     return observations, guesses
 
@@ -223,13 +224,12 @@ def measure(row: Row, options: argparse.Namespace) -> Row:
     if row.method == "gradient_matching":
         inversion = matching(row.restarts, options.evaluations, options.chunk_size)
         warm = matching(1, 2)
-    warm.invert(observations[:1], guesses[:1], knowledge, device=device, seed=options.seed)
+    run = Run(device, options.seed)
+    warm.invert(observations[:1], guesses[:1], knowledge, run)
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if cuda else held_now()
-    seconds, results = timed(
-        lambda: inversion.invert(observations, guesses, knowledge, device=device, seed=options.seed), device
-    )
+    seconds, results = timed(lambda: inversion.invert(observations, guesses, knowledge, run), device)
     peak = (torch.cuda.max_memory_allocated(device) if cuda else held_most()) - before
     row = replace(row, seconds=seconds, seconds_per_victim=seconds / row.victims, peak_mebibytes=peak / 2**20)
     if not isinstance(inversion, Counted):

@@ -67,7 +67,7 @@ def attack(
     threat = ThreatModel(**config["threat"])
     return built(
         store.load(threat=threat),
-        Knowledge(model, shape, count, threat, auxiliary, store.info.training_mode),
+        Knowledge(model, shape, count, threat, auxiliary),
         device=torch.device(resolve_device(device)),
         seed=seed,
         store=ReconstructionStore(Path(keep)) if keep is not None else None,

@@ -6,16 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedleak import tensorfile
 from fedleak.errors import UsageError
+from fedleak.instantiate import locate
 from fedleak.threat import ThreatModel
+from fedleak.training import SGD, ClientOptimizer, LocalTraining, Tensors
 
-Payload = Literal["gradient", "weights"]
+FORMAT = 2
+"""Of the captures on disk: 1 knew no epochs, no optimiser but plain SGD, and did not say its number."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,13 @@ class Observation:
         round: the server round, from 1.
         client: the client's partition id (or its position in a federation that does not tell).
         parameters: name -> tensor, the trainable parameters the client started from.
-        update: name -> tensor, what the client sent back, same names and shapes.
-        payload: ``gradient``: `update` is the sum over local steps of the gradients of the mean loss;
-            ``weights``: `update` holds the client's new parameters.
-        batch_size: samples per local step, None if withheld.
-        lr: the client's learning rate, None if withheld.
-        local_steps: the client's local steps, None if withheld.
+        update: name -> tensor, what the client sent back, same names and shapes, with a leading ``[B]`` where the
+            training is `per_sample`; what it is, `training.payload` says.
+        training: how the client trained, as far as it is known.
         start_buffers: name -> tensor, the model's buffers as the server sent them (the server always knows them).
         buffers: name -> tensor, the buffers the client returned; empty if withheld or there are none.
         labels: ``[B * local_steps]`` int64 sorted ascending, only if the threat model grants them.
-        per_sample: `update` has a leading sample dimension ``[B, ...]`` (iDLG's per-sample scenario).
+        clients: of a sum of several clients' updates, whose they are, `client` first; empty for one client's own.
         error: why the update is unusable (a client error, NaN, wrong shapes), None if it is fine.
     """
 
@@ -43,38 +43,26 @@ class Observation:
     client: int
     parameters: Mapping[str, Tensor]
     update: Mapping[str, Tensor]
-    payload: Payload = "gradient"
-    batch_size: int | None = None
-    lr: float | None = None
-    local_steps: int | None = None
+    training: LocalTraining = field(default_factory=LocalTraining)
     start_buffers: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     labels: Tensor | None = None
-    per_sample: bool = False
+    clients: tuple[int, ...] = ()
     error: str | None = None
 
     @property
     def sign(self) -> int:
-        """+1 if `update` points along the gradient, -1 if new - old weights, which point against it."""
-        return 1 if self.payload == "gradient" else -1
+        """See `LocalTraining.sign`."""
+        return self.training.sign
 
     @property
     def scale(self) -> float | None:
-        """What the mean gradient was multiplied with to give the change that was sent; None if withheld."""
-        if self.payload == "weights" and self.lr is None:
-            return None
-        steps = self.local_steps or 1
-        return float(steps if self.payload == "gradient" else steps * (self.lr or 0.0))
+        """See `LocalTraining.scale`."""
+        return self.training.scale
 
-    def gradient(self) -> dict[str, Tensor]:
-        """The mean gradient over the client's local steps, in the convention of `torch.autograd`.
-
-        Sign and scale are undone. Where the learning rate is withheld, the result is right up to a positive factor.
-        """
-        scale = self.scale or 1.0
-        if self.payload == "gradient":
-            return {name: value / scale for name, value in self.update.items()}
-        return {name: (self.parameters[name] - value) / scale for name, value in self.update.items()}
+    def gradient(self) -> Tensors:
+        """The mean gradient over the client's local steps, see `LocalTraining.mean_gradient`."""
+        return self.training.mean_gradient(self.parameters, self.update)
 
 
 def find_fault(
@@ -93,6 +81,11 @@ def find_fault(
         if not torch.isfinite(value).all():
             return f"not finite: {name}"
     return None
+
+
+def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of named tensors are equal to the bit."""
+    return a is b or (a.keys() == b.keys() and all(v is b[k] or torch.equal(v, b[k]) for k, v in a.items()))
 
 
 @dataclass(frozen=True)
@@ -115,8 +108,8 @@ class CaptureInfo:
 class CaptureStore:
     """A folder of observations: safetensors files, `index.jsonl` with a line an observation, and `info.json`.
 
-    Parameters that a round's clients share are stored once. Every file's SHA-256 stands in the index, so that a
-    truncated or altered capture is noticed. Only what the threat model grants is ever written.
+    Each distinct model of a round is stored once, whoever it was sent to. Every file's SHA-256 stands in the index, so
+    that a truncated or altered capture is noticed. Only what the threat model grants is ever written.
 
     Example:
         >>> store = CaptureStore.create(Path("captures"), CaptureInfo())
@@ -127,7 +120,7 @@ class CaptureStore:
     def __init__(self, folder: Path, info: CaptureInfo) -> None:
         self.folder = Path(folder)
         self.info = info
-        self._sent: tuple[int, Mapping[str, Tensor], str, str] | None = None
+        self._sent: list[_Sent] = []
 
     @classmethod
     def create(cls, folder: Path, info: CaptureInfo) -> CaptureStore:
@@ -135,35 +128,37 @@ class CaptureStore:
         folder = Path(folder)
         if (folder / "index.jsonl").exists():
             raise UsageError(f"{folder}: holds captures already; name another folder, or move these away")
-        tensorfile.write_atomically(folder / "info.json", json.dumps(asdict(info), indent=2).encode())
+        tensorfile.write_atomically(
+            folder / "info.json", json.dumps({"format": FORMAT, **asdict(info)}, indent=2).encode()
+        )
         tensorfile.write_atomically(folder / "index.jsonl", b"")
         return cls(folder, info)
 
     @classmethod
     def open(cls, folder: Path) -> CaptureStore:
-        """Open an existing store; raises `UsageError` if there is none, or its `info.json` is damaged."""
+        """Open an existing store; raises `UsageError` if there is none, or its `info.json` is damaged or too new."""
         folder = Path(folder)
         if not (folder / "index.jsonl").is_file():
             raise UsageError(f"{folder}: no captures here; name the folder of a run that kept some")
         try:
             info = json.loads((folder / "info.json").read_text())
+            written = info.pop("format", 1)
             shape = info["image_shape"]
+            if not isinstance(written, int) or written > FORMAT:
+                raise UsageError(
+                    f"{folder / 'info.json'}: format {written}, and this fedleak reads up to {FORMAT}; use a newer one"
+                )
             info = CaptureInfo(
                 **{**info, "threat": ThreatModel(**info["threat"]), "image_shape": tuple(shape) if shape else None}
             )
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{folder / 'info.json'}: damaged ({error}); restore it, or repeat the run") from error
         return cls(folder, info)
 
     def write(self, observation: Observation) -> None:
         """Add one observation; the index line is written last, so that a killed run leaves no half observation."""
         o, threat = observation, self.info.threat
-        if self._sent is None or self._sent[0] != o.round or self._sent[1] is not o.parameters:
-            first = self._sent is None or self._sent[0] != o.round
-            name = f"round-{o.round:05d}" + ("" if first else f"-sent-to-{o.client:05d}") + ".safetensors"
-            start = {f"parameters/{k}": v for k, v in o.parameters.items()}
-            start |= {f"buffers/{k}": v for k, v in o.start_buffers.items()}
-            self._sent = (o.round, o.parameters, name, tensorfile.save(self.folder / name, start))
+        sent, training = self._start(o), o.training.seen_by(threat)
         tensors = {f"update/{k}": v for k, v in o.update.items()} if o.error is None else {}
         if threat.buffers:
             tensors |= {f"buffers/{k}": v for k, v in o.buffers.items()}
@@ -173,19 +168,34 @@ class CaptureStore:
         row = {
             "round": o.round,
             "client": o.client,
-            "payload": o.payload,
-            "batch_size": o.batch_size if threat.batch_size else None,
-            "lr": o.lr if threat.hyperparameters else None,
-            "local_steps": o.local_steps if threat.hyperparameters else None,
-            "per_sample": o.per_sample,
+            "payload": training.payload,
+            "batch_size": training.batch_size,
+            "lr": training.lr,
+            "local_steps": training.local_steps,
+            "epochs": training.epochs,
+            "optimizer": None if training.optimizer is None else _node(training.optimizer),
+            "per_sample": training.per_sample,
             "error": o.error,
-            "start_file": self._sent[2],
-            "start_sha256": self._sent[3],
+            "start_file": sent.name,
+            "start_sha256": sent.sha256,
             "update_file": name,
             "update_sha256": tensorfile.save(self.folder / name, tensors),
         }
         with (self.folder / "index.jsonl").open("a") as index:
             index.write(json.dumps(row) + "\n")
+
+    def _start(self, o: Observation) -> _Sent:
+        """Where the model that `o` started from is kept; the first time a round sends it, it is written."""
+        self._sent = [sent for sent in self._sent if sent.round == o.round]
+        for sent in self._sent:
+            if same_tensors(sent.parameters, o.parameters) and same_tensors(sent.buffers, o.start_buffers):
+                return sent
+        name = f"round-{o.round:05d}" + (f"-sent-to-{o.client:05d}" if self._sent else "") + ".safetensors"
+        start = {f"parameters/{k}": v for k, v in o.parameters.items()}
+        start |= {f"buffers/{k}": v for k, v in o.start_buffers.items()}
+        sha256 = tensorfile.save(self.folder / name, start)
+        self._sent.append(_Sent(o.round, o.parameters, o.start_buffers, name, sha256))
+        return self._sent[-1]
 
     def rows(self) -> list[dict[str, Any]]:
         """The index, a dict an observation, sorted by round and client."""
@@ -228,18 +238,49 @@ class CaptureStore:
                     client=row["client"],
                     parameters=parameters,
                     update=_under(tensors, "update/"),
-                    payload=row["payload"],
-                    batch_size=row["batch_size"] if threat.batch_size else None,
-                    lr=row["lr"] if threat.hyperparameters else None,
-                    local_steps=row["local_steps"] if threat.hyperparameters else None,
+                    training=self._training(row).seen_by(threat),
                     start_buffers=start_buffers,
                     buffers=_under(tensors, "buffers/") if threat.buffers else {},
                     labels=tensors.get("labels") if threat.labels else None,
-                    per_sample=row["per_sample"],
                     error=row["error"],
                 )
             )
         return observations
+
+    def _training(self, row: Mapping[str, Any]) -> LocalTraining:
+        """How a row says that its client trained; rows of format 1 are of plain SGD for one epoch."""
+        optimizer: ClientOptimizer | None = None if row["lr"] is None else SGD(row["lr"])
+        if row.get("optimizer") is not None:
+            kind = locate(row["optimizer"]["_target_"], "optimizer")
+            if not isinstance(kind, type) or not issubclass(kind, ClientOptimizer):  # before anything is called
+                raise UsageError(f"{self.folder / 'index.jsonl'}: {kind} is no ClientOptimizer; restore the line")
+            optimizer = kind(**{name: value for name, value in row["optimizer"].items() if name != "_target_"})
+        return LocalTraining(
+            row["payload"],
+            row["batch_size"],
+            row["local_steps"],
+            row.get("epochs", 1),
+            optimizer,
+            self.info.training_mode,
+            row["per_sample"],
+        )
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A model that a round sent, and the file it is in."""
+
+    round: int
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    name: str
+    sha256: str
+
+
+def _node(optimizer: ClientOptimizer) -> dict[str, Any]:
+    """An optimiser as a node to instantiate: its class and its fields."""
+    kind = type(optimizer)
+    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(optimizer)}
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from fedleak.attacks.base import Progress as AttackProgress
+from fedleak.attacks.results import Progress as AttackProgress
 
 if TYPE_CHECKING:
     from fedleak.federation.server import RoundRow

@@ -10,7 +10,7 @@ import platform
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,24 @@ from fedleak.evaluation.scores import (
     score,
     summarise,
 )
+from fedleak.federation.adversary import Adversary
 from fedleak.federation.client import make_client_app
-from fedleak.federation.local_update import local_update
 from fedleak.federation.rounds import is_due
-from fedleak.federation.scenario import Scenario, build_scenario, resolve_device
+from fedleak.federation.scenario import (
+    Federation,
+    Scenario,
+    build_adversary,
+    build_scenario,
+    resolve_device,
+    shared_model,
+)
 from fedleak.federation.server import RoundRow, make_server_app
 from fedleak.instantiate import instantiate
+from fedleak.local_update import local_update
 from fedleak.threads import one_thread
 from fedleak.threat import ThreatModel
 from fedleak.tracking import NoTracker, Tracker, build_tracker, finite, tracked
+from fedleak.training import LocalTraining
 from fedleak.truth import Truth, TruthStore
 
 
@@ -170,19 +179,17 @@ def attack_captures(config: Mapping[str, Any], run_dir: Path, attack: Attack, co
             store=ReconstructionStore(where),
             on_progress=on_progress,
         )
-    return Attacked(observations, reconstructions, knowledge.model, where)
+    return Attacked(attack.view(observations), reconstructions, knowledge.model, where)
 
 
 def attacker_knowledge(config: Mapping[str, Any], store: CaptureStore, threat: ThreatModel) -> Knowledge:
     """What the attacker holds: the architecture, and auxiliary data if granted. Never the ground truth."""
-    from fedleak.models import build_model
-
     shape, classes = store.info.image_shape, store.info.classes
     if shape is None or classes is None:
         raise UsageError(f"{store.folder / 'info.json'}: image_shape and classes are missing; add them")
-    model = build_model(config["model"], shape, classes, 0)
+    model = shared_model(config, shape, classes, 0)
     auxiliary = build_scenario(config).auxiliary_data() if threat.auxiliary_data else None
-    return Knowledge(model, shape, classes, threat, auxiliary, store.info.training_mode)
+    return Knowledge(model, shape, classes, threat, auxiliary)
 
 
 def build_attack(config: Mapping[str, Any]) -> Attack | None:
@@ -195,14 +202,13 @@ def build_attack(config: Mapping[str, Any]) -> Attack | None:
         instantiate(node["inversion"], "attack.inversion"),
         name=node["name"],
         candidates=node["candidates"],
+        view=None if node.get("view") is None else instantiate(node["view"], "attack.view"),
     )
 
 
 def check_attack(attack: Attack, config: Mapping[str, Any]) -> None:
     """Refuse, before any work, an attack that this federation or threat model cannot feed."""
-    federation = config["federation"]
-    samples = federation["batch_size"] * federation["local_steps"]
-    attack.check(ThreatModel(**config["threat"]), federation["payload"], samples)
+    attack.check(ThreatModel(**config["threat"]), Federation(**config["federation"]).training)
 
 
 def choose_victims(rows: Sequence[Mapping[str, Any]], every: int | str, clients: int | str) -> list[Mapping[str, Any]]:
@@ -240,11 +246,11 @@ def judge(
     matches: list[Match] = []
     pairs = zip(attacked.observations, attacked.reconstructions, strict=True) if attacked else ()
     for observation, reconstruction in pairs:
-        truth = truths.load(observation.round, observation.client)
+        truth = load_truth(truths, observation)
         residual = None
         if attacked and truth is not None and observation.error is None:
             with one_thread():  # as the clients ran, so that rounding does not look like a disagreement
-                residual = update_residual(attacked.model, observation, truth, config["federation"])
+                residual = update_residual(attacked.model, observation, truth, local_training(config))
         pairs_of_images = match(reconstruction, truth)
         row, images = score(
             reconstruction,
@@ -252,7 +258,7 @@ def judge(
             matches=pairs_of_images,
             attack=config["attack"]["name"],
             defense=defense_name(config),
-            batch_size=observation.batch_size,
+            batch_size=observation.training.batch_size,
             update_residual=residual,
         )
         attack_rows.append(row)
@@ -298,8 +304,30 @@ def tell(
     return report
 
 
+def local_training(config: Mapping[str, Any]) -> LocalTraining:
+    """How this federation's clients train, nothing withheld."""
+    training = Federation(**config["federation"]).training
+    return replace(training, per_sample=config["threat"]["per_sample_gradients"])
+
+
+def load_truth(truths: TruthStore, observation: Observation) -> Truth | None:
+    """What is behind an observation: its client's private batches, or those of all whose updates it sums up."""
+    found = [truths.load(observation.round, client) for client in observation.clients or (observation.client,)]
+    known = [truth for truth in found if truth is not None]
+    if len(known) < len(found):
+        return None
+    steps = known[0].local_steps
+    if len(known) == 1:
+        return known[0]
+    images, labels = (
+        torch.cat([part for parts in zip(*(values.chunk(steps) for values in each), strict=True) for part in parts])
+        for each in ([truth.images for truth in known], [truth.labels for truth in known])
+    )
+    return Truth(observation.round, observation.client, images, labels, steps)
+
+
 def update_residual(
-    model: torch.nn.Module, observation: Observation, truth: Truth, federation: Mapping[str, Any]
+    model: torch.nn.Module, observation: Observation, truth: Truth, training: LocalTraining
 ) -> float | None:
     """The self-check: relative ℓ2 distance between the captured update and the one recomputed from the truth.
 
@@ -313,15 +341,11 @@ def update_residual(
             observation.start_buffers,
             truth.images,
             truth.labels,
-            local_steps=truth.local_steps,
-            lr=federation["lr"],
-            payload=observation.payload,
-            per_sample=observation.per_sample,
-            training_mode=federation["training_mode"],
+            replace(training, local_steps=truth.local_steps),
         ).update
     except (RuntimeError, ValueError, IndexError):
         return None
-    origin = observation.parameters if observation.payload == "weights" else None
+    origin = observation.parameters if training.payload == "weights" else None
 
     def change(values: Mapping[str, Tensor], name: str) -> Tensor:
         return (values[name] - origin[name] if origin is not None else values[name]).double()
@@ -365,6 +389,7 @@ def facts(config: Mapping[str, Any], seconds: float, command: Sequence[str]) -> 
     """What was run, for `summary.json` and the report."""
     threat = ThreatModel(**config["threat"])
     device = resolve_device(config["device"])
+    honest = type(build_adversary(config)) is Adversary
     return {
         "command": shlex.join(command),
         "seconds": round(seconds, 3),
@@ -376,7 +401,11 @@ def facts(config: Mapping[str, Any], seconds: float, command: Sequence[str]) -> 
         "partition": str(config["partition"].get("_target_", "")).rsplit(".", 1)[-1].lower(),
         "model": str(config["model"].get("_target_", "")).rsplit(".", 1)[-1],
         "federation": dict(config["federation"]),
-        "threat": {"kind": "honest-but-curious", "granted": threat.granted, "withheld": threat.withheld},
+        "threat": {
+            "kind": "honest-but-curious" if honest else "malicious",
+            "granted": threat.granted,
+            "withheld": threat.withheld,
+        },
         "versions": versions(),
     }
 

@@ -13,8 +13,9 @@ import torch
 
 from fedleak.capture import Observation
 from fedleak.cli import main
-from fedleak.federation.local_update import local_update
+from fedleak.local_update import local_update
 from fedleak.models import LeNet
+from fedleak.training import SGD, LocalTraining
 
 SMALL = ["attack=idlg", "federation.clients=2", "federation.rounds=2", "federation.batch_size=1", "attack.restarts=2"]
 
@@ -39,8 +40,8 @@ def observe() -> Callable[..., tuple[Observation, torch.Tensor, torch.Tensor]]:
         images = torch.rand(batch_size * local_steps, 1, 28, 28)
         labels = torch.randint(0, 10, (batch_size * local_steps,))
         parameters = {n: p.detach() for n, p in model.named_parameters()}
-        result = local_update(model, parameters, {}, images, labels, local_steps=local_steps, lr=lr, payload=payload)
-        granted = {"batch_size": batch_size, "lr": lr, "local_steps": local_steps} | known
-        return Observation(1, 0, parameters, result.update, payload, **granted), images, labels
+        training = LocalTraining(payload, batch_size, local_steps, optimizer=SGD(lr))
+        result = local_update(model, parameters, {}, images, labels, training)
+        return Observation(1, 0, parameters, result.update, training, **known), images, labels
 
     return make

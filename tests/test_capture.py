@@ -7,6 +7,7 @@ import torch
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
 from fedleak.errors import UsageError
 from fedleak.threat import ThreatModel
+from fedleak.training import SGD, AdamW, LocalTraining
 
 START = {"w": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([0.5])}
 GRADIENT = {"w": torch.tensor([[0.25, -4.0]]), "b": torch.tensor([8.0])}
@@ -14,9 +15,11 @@ GRADIENT = {"w": torch.tensor([[0.25, -4.0]]), "b": torch.tensor([8.0])}
 
 def test_gradient_and_weights_payloads_mean_the_same():
     lr, steps = 0.5, 4
-    gradient = Observation(1, 0, START, {n: g * steps for n, g in GRADIENT.items()}, "gradient", local_steps=steps)
+    gradient = Observation(
+        1, 0, START, {n: g * steps for n, g in GRADIENT.items()}, LocalTraining("gradient", None, steps)
+    )
     new = {n: START[n] - lr * steps * GRADIENT[n] for n in START}
-    weights = Observation(1, 0, START, new, "weights", lr=lr, local_steps=steps)
+    weights = Observation(1, 0, START, new, LocalTraining("weights", None, steps, optimizer=SGD(lr)))
     assert (gradient.sign, weights.sign) == (1, -1)
     assert (gradient.scale, weights.scale) == (4.0, 2.0)
     for name in START:
@@ -26,7 +29,7 @@ def test_gradient_and_weights_payloads_mean_the_same():
 
 def test_without_the_learning_rate_weights_give_the_gradient_up_to_a_positive_factor():
     new = {n: START[n] - 0.25 * GRADIENT[n] for n in START}
-    observation = Observation(1, 0, START, new, "weights")
+    observation = Observation(1, 0, START, new, LocalTraining("weights", None, 1))
     assert observation.scale is None
     assert torch.equal(observation.gradient()["w"], 0.25 * GRADIENT["w"])
 
@@ -48,7 +51,7 @@ def test_find_fault(update, fault):
 
 
 def observation(round_, client, start=START, **more):
-    return Observation(round_, client, start, GRADIENT, batch_size=3, lr=0.1, local_steps=1, **more)
+    return Observation(round_, client, start, GRADIENT, LocalTraining("gradient", 3, 1, optimizer=SGD(0.1)), **more)
 
 
 def test_what_was_written_is_read_back_and_shared_parameters_are_stored_once(tmp_path):
@@ -72,7 +75,7 @@ def test_what_was_written_is_read_back_and_shared_parameters_are_stored_once(tmp
         for name in START:
             assert torch.equal(a.parameters[name], b.parameters[name])
             assert torch.equal(a.update[name], b.update[name])
-        assert (a.batch_size, a.lr, a.local_steps, a.payload) == (b.batch_size, b.lr, b.local_steps, b.payload)
+        assert a.training == b.training
     assert torch.equal(read[0].buffers["mean"], torch.ones(1))
     assert torch.equal(read[0].labels, torch.tensor([0, 1]))
     assert read[0].parameters is read[1].parameters
@@ -84,7 +87,8 @@ def test_what_the_threat_model_withholds_is_never_written(tmp_path):
     store = CaptureStore.create(tmp_path, CaptureInfo(nothing))
     store.write(observation(1, 0, buffers={"mean": torch.ones(1)}, labels=torch.tensor([0, 1])))
     [read] = CaptureStore.open(tmp_path).load()
-    assert (read.batch_size, read.lr, read.local_steps, read.labels, dict(read.buffers)) == (None, None, None, None, {})
+    assert read.training == LocalTraining(epochs=None)
+    assert (read.labels, dict(read.buffers)) == (None, {})
     with pytest.raises(UsageError, match=r"threat\.labels=true.*captured without"):
         CaptureStore.open(tmp_path).load(threat=replace(nothing, labels=True))
 
@@ -92,8 +96,8 @@ def test_what_the_threat_model_withholds_is_never_written(tmp_path):
 def test_a_narrower_threat_model_leaves_out_what_was_captured(tmp_path):
     CaptureStore.create(tmp_path, CaptureInfo(ThreatModel())).write(observation(1, 0))
     [read] = CaptureStore.open(tmp_path).load(threat=ThreatModel(batch_size=False))
-    assert read.batch_size is None
-    assert read.lr == 0.1
+    assert read.training.batch_size is None
+    assert read.training.lr == 0.1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
@@ -137,3 +141,50 @@ def test_an_unusable_update_is_reported_without_its_tensors(tmp_path):
     [read] = CaptureStore.open(tmp_path).load()
     assert read.error == "bad update: not finite: w"
     assert dict(read.update) == {}
+
+
+def test_equal_models_of_a_round_are_stored_once_and_shared_whoever_holds_them(tmp_path):
+    store = CaptureStore.create(tmp_path, CaptureInfo())
+    copied, moved = ({n: p.clone() + shift for n, p in START.items()} for shift in (0, 1))
+    for client, start in enumerate([START, moved, copied, dict(moved)]):
+        store.write(observation(1, client, start=start))
+    store.write(observation(2, 0, start_buffers={"mean": torch.ones(1)}))
+    store.write(observation(2, 1, start_buffers={"mean": torch.zeros(1)}))
+    read = CaptureStore.open(tmp_path).load()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 6 + 2 + 2
+    assert read[0].parameters is read[2].parameters
+    assert read[1].parameters is read[3].parameters
+    assert torch.equal(read[3].parameters["w"], START["w"] + 1)
+    assert [float(o.start_buffers["mean"]) for o in read[4:]] == [1, 0]
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9, nesterov=True), AdamW(0.01, betas=(0.8, 0.9))], ids=str)
+def test_how_a_client_trained_is_read_back(tmp_path, optimizer):
+    training = LocalTraining("weights", 3, 5, 2, optimizer, training_mode=False)
+    store = CaptureStore.create(tmp_path, CaptureInfo(training_mode=False))
+    store.write(replace(observation(1, 0), training=training))
+    [read] = CaptureStore.open(tmp_path).load()
+    assert read.training == training
+    [row] = store.rows()
+    assert (row["lr"], row["local_steps"], row["epochs"], row["batch_size"]) == (optimizer.lr, 5, 2, 3)
+    [row] = [{**row, "optimizer": {"_target_": "os.getcwd"}}]
+    with pytest.raises(UsageError, match="is no ClientOptimizer"):
+        store.load([row])
+
+
+def test_captures_of_before_there_were_formats_are_read_and_newer_ones_refused(tmp_path):
+    store = CaptureStore.create(tmp_path, CaptureInfo())
+    store.write(observation(1, 0))
+    info = json.loads((tmp_path / "info.json").read_text())
+    assert info.pop("format") == 2
+    (tmp_path / "info.json").write_text(json.dumps(info))
+    [row] = store.rows()
+    index = tmp_path / "index.jsonl"
+    index.write_text(json.dumps({k: v for k, v in row.items() if k not in ("epochs", "optimizer")}) + "\n")
+    old = CaptureStore.open(tmp_path)
+    assert old.info == store.info
+    assert old.load()[0].training == observation(1, 0).training
+    for number in (3, "next"):
+        (tmp_path / "info.json").write_text(json.dumps({**info, "format": number}))
+        with pytest.raises(UsageError, match=rf"info\.json: format {number}, and this fedleak reads up to 2"):
+            CaptureStore.open(tmp_path)

@@ -214,3 +214,23 @@ def test_both_engines_give_the_same_tables_and_captures(tmp_path):
     assert tables_without_seconds(tmp_path / "local") == tables_without_seconds(tmp_path / "ray")
     for path in (tmp_path / "local" / "captures").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "ray" / "captures" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("federation", ["fedsgd", "fedavg"])
+def test_a_secure_sum_is_judged_by_all_whose_updates_it_holds(tmp_path, federation):
+    run = ["run", "attack=labels_only", "attack/labels=known", "threat.labels=true", "federation.clients=5"]
+    size = ["federation.rounds=1", "federation.batch_size=2", f"federation={federation}", "federation.local_steps=1"]
+    assert main([*run, *size, "attack/view=secure_sum", f"output_dir={tmp_path / 'run'}"]) == 0
+    attacks = pd.read_csv(tmp_path / "run" / "attacks.csv")
+    leakage = pd.read_csv(tmp_path / "run" / "leakage.csv")
+    assert attacks[["round", "client", "batch_size"]].to_numpy().tolist() == [[1, 0, 4], [1, 2, 4]]
+    assert (attacks.label_accuracy == 1).all()
+    assert (attacks.update_residual < 1e-4).all()
+    assert leakage.groupby("client").image.count().tolist() == [4, 4]
+
+
+def test_a_view_may_be_named_by_its_target(tmp_path, small_run, capsys):
+    view = "attack.view={_target_: fedleak.attacks.SecureSum, clients: 9}"
+    again = ["attack", f"run_dir={small_run}", "attack=labels_only", f"output_dir={tmp_path}"]
+    assert main([*again, view]) == 2
+    assert "attack.view.clients=9: no round has so many usable updates" in capsys.readouterr().err

@@ -7,14 +7,9 @@ Needs torch and numpy only, so that it runs on a bare GPU machine::
 """
 
 from fedleak.attacks.attack import Attack, LabelsOnly
-from fedleak.attacks.base import (
-    Inversion,
-    Knowledge,
-    LabelGuess,
-    LabelInference,
-    Progress,
-    Reconstruction,
-)
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, LabelInference, Run
+from fedleak.attacks.results import Progress, Reconstruction, StopReason
+from fedleak.attacks.views import SecureSum, Updates, View
 
 __all__ = [
     "Attack",
@@ -25,4 +20,9 @@ __all__ = [
     "LabelsOnly",
     "Progress",
     "Reconstruction",
+    "Run",
+    "SecureSum",
+    "StopReason",
+    "Updates",
+    "View",
 ]

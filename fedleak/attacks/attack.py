@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import torch
 
-from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, LabelInference, Progress, Reconstruction
-from fedleak.capture import Observation, Payload
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, LabelInference, Run
+from fedleak.attacks.results import Progress, Reconstruction, StopReason
+from fedleak.attacks.store import ReconstructionStore
+from fedleak.attacks.views import Updates, View
+from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.threat import ThreatModel
+from fedleak.training import LocalTraining
 
-if TYPE_CHECKING:
-    from fedleak.attacks.store import ReconstructionStore
+log = logging.getLogger("fedleak")
 
 
 class LabelsOnly(Inversion):
@@ -27,31 +31,16 @@ class LabelsOnly(Inversion):
         observations: Sequence[Observation],
         guesses: Sequence[LabelGuess | None],
         knowledge: Knowledge,
-        *,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-        on_result: Callable[[int, Reconstruction], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        run: Run,
     ) -> list[Reconstruction]:
         """Wrap each guess as a reconstruction; observations without a guess get no labels."""
         results = []
         for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
             labels = torch.empty(0, dtype=torch.int64) if guess is None else guess.best
-            results.append(
-                Reconstruction(
-                    round=observation.round,
-                    client=observation.client,
-                    images=torch.full((len(labels), *knowledge.image_shape), 0.5),
-                    labels=labels,
-                    objective=float("nan"),
-                    evaluations=0,
-                    seconds=0.0,
-                    stop_reason="labels_only",
-                    restarts=0,
-                )
-            )
-            if on_result is not None:
-                on_result(index, results[-1])
+            images = torch.full((len(labels), *knowledge.image_shape), 0.5)
+            results.append(_without_search(observation, images, labels, StopReason.LABELS_ONLY))
+            if run.on_result is not None:
+                run.on_result(index, results[-1])
         return results
 
 
@@ -63,31 +52,59 @@ class Attack:
         inversion: how the images are rebuilt.
         name: for tables.
         candidates: how many label multisets to ask the label inference for; the inversion keeps the best.
+        view: what of the captures the attacker sees; None for every client's update.
     """
 
     def __init__(
-        self, labels: LabelInference, inversion: Inversion, *, name: str = "attack", candidates: int = 1
+        self,
+        labels: LabelInference,
+        inversion: Inversion,
+        *,
+        name: str = "attack",
+        candidates: int = 1,
+        view: View | None = None,
     ) -> None:
         self.labels = labels
         self.inversion = inversion
         self.name = name
         self.candidates = candidates
+        self.view = view if view is not None else Updates()
 
-    def check(self, threat: ThreatModel, payload: Payload = "gradient", samples: int = 1) -> None:
-        """Raise `UsageError` if the attack needs what `threat` withholds, or cannot take `samples` an update."""
-        most = self.labels.most_samples
+    def check(self, threat: ThreatModel, training: LocalTraining | None = None) -> None:
+        """Raise `UsageError` if the attack needs what `threat` withholds, or cannot take such updates.
+
+        Args:
+            threat: what is granted.
+            training: how clients train, all of it; None where that is not at hand.
+        """
+        for part in (self.labels, self.inversion):
+            threat.require(part.needs, f"attack={self.name} ({type(part).__name__})")
+        if training is None:
+            return
+        training = self.view.training(training)
+        most, samples = self.labels.most_samples, training.samples or 1
         if most is not None and samples > most:
             raise UsageError(
                 f"attack={self.name} ({type(self.labels).__name__}) reads {most} sample an update, not {samples}; "
                 "choose federation.batch_size=1 and federation.local_steps=1, or attack=fedleak"
             )
-        for part in (self.labels, self.inversion):
-            threat.require(part.needs, f"attack={self.name} ({type(part).__name__})")
-        if payload == "weights" and not threat.hyperparameters and self.inversion.needs_scale:
+        # How many steps there were may be assumed, see `assume_one_step`.
+        known = training.seen_by(threat)
+        self._check_scale(known if known.steps is not None else replace(known, local_steps=1, epochs=1))
+
+    def _check_scale(self, training: LocalTraining) -> None:
+        if training.scale is not None or not self.inversion.needs_scale:
+            return
+        if training.optimizer is None:
             raise UsageError(
                 f"attack={self.name} needs the learning rate to turn new weights into a gradient; grant it with "
-                "threat.hyperparameters=true, or choose federation.payload=gradient or attack/inversion=none"
+                "threat.hyperparameters=true (lr=… of an Eavesdropper), or choose federation.payload=gradient or "
+                "attack/inversion=none"
             )
+        raise UsageError(
+            f"attack={self.name} needs the gradient, which new weights do not tell after "
+            f"{type(training.optimizer).__name__}; choose federation.payload=gradient or attack/inversion=none"
+        )
 
     def __call__(
         self,
@@ -96,6 +113,7 @@ class Attack:
         *,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        seconds: float | None = None,
         store: ReconstructionStore | None = None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> list[Reconstruction]:
@@ -106,54 +124,81 @@ class Attack:
             knowledge: what else the attacker holds.
             device: where to compute.
             seed: decides every random choice.
+            seconds: how long the inversion may take, about; None for as long as it needs.
             store: where each reconstruction is written as it finishes; those already there are not computed again.
             on_progress: called now and then.
 
         Returns:
-            N reconstructions, in order. Unusable observations come with no images and their error as stop reason.
+            A reconstruction for each observation that `view` shows, in order; all N without a view. Unusable ones come
+            with no images and their error as stop reason.
 
         Raises:
             UsageError: the attack needs what the threat model withholds, or cannot work on these observations.
         """
-        scale_unknown = any(o.error is None and o.scale is None for o in observations)
-        self.check(knowledge.threat, "weights" if scale_unknown else "gradient")
+        self.check(knowledge.threat)
+        seen = self.view(observations)
         results: list[Reconstruction | None] = [
             _unusable(o, knowledge) if o.error is not None else store.load(o.round, o.client) if store else None
-            for o in observations
+            for o in seen
         ]
         todo = [i for i, result in enumerate(results) if result is None]
-        pending = [observations[i] for i in todo]
-        if not pending:
-            return [result for result in results if result is not None]
+        pending, assumed = assume_one_step([seen[i] for i in todo])
+        for observation in pending:
+            self._check_scale(observation.training)
         start = time.perf_counter()
-        guesses = self.labels.infer(pending, knowledge, candidates=self.candidates, seed=seed)
-        share = (time.perf_counter() - start) / len(pending)
+        share = 0.0
 
         def keep(index: int, result: Reconstruction) -> None:
             result.seconds += share
+            if assumed[index]:
+                result.details["assumed"] = "one local step"
             results[todo[index]] = result
             if store is not None:
                 store.write(result)
 
-        self.inversion.invert(
-            pending, guesses, knowledge, device=device, seed=seed, on_result=keep, on_progress=on_progress
-        )
-        missing = [observations[i] for i in todo if results[i] is None]
+        if pending:
+            run = Run(device, seed, seconds, keep, on_progress)
+            guesses = self.labels.infer(pending, knowledge, run, candidates=self.candidates)
+            share = (time.perf_counter() - start) / len(pending)
+            self.inversion.invert(pending, guesses, knowledge, run)
+        missing = [seen[i] for i in todo if results[i] is None]
         if missing:
             where = f"round {missing[0].round}, client {missing[0].client}"
             raise RuntimeError(f"{type(self.inversion).__name__} gave no result for {where}")
         return [result for result in results if result is not None]
 
 
+def assume_one_step(observations: Sequence[Observation]) -> tuple[list[Observation], list[bool]]:
+    """Observations whose number of local steps is withheld as if it were one, and which they are; a warning says so."""
+    assumed = [o.training.steps is None for o in observations]
+    if any(assumed):
+        log.warning(
+            "%d of %d updates: the number of local steps is withheld, one is assumed; grant it with "
+            "threat.hyperparameters=true (local_steps=… of an Eavesdropper)",
+            sum(assumed),
+            len(assumed),
+        )
+    filled = [
+        replace(o, training=replace(o.training, local_steps=1, epochs=1)) if unknown else o
+        for o, unknown in zip(observations, assumed, strict=True)
+    ]
+    return filled, assumed
+
+
 def _unusable(observation: Observation, knowledge: Knowledge) -> Reconstruction:
+    labels = torch.empty(0, dtype=torch.int64)
+    return _without_search(observation, torch.empty(0, *knowledge.image_shape), labels, observation.error or "unusable")
+
+
+def _without_search(observation: Observation, images: torch.Tensor, labels: torch.Tensor, why: str) -> Reconstruction:
     return Reconstruction(
         round=observation.round,
         client=observation.client,
-        images=torch.empty(0, *knowledge.image_shape),
-        labels=torch.empty(0, dtype=torch.int64),
+        images=images,
+        labels=labels,
         objective=float("nan"),
         evaluations=0,
         seconds=0.0,
-        stop_reason=observation.error or "unusable",
+        stop_reason=why,
         restarts=0,
     )

@@ -8,12 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fedleak.attacks.results import Progress, Reconstruction
 from fedleak.capture import Observation
+from fedleak.defenses.base import Defense
 from fedleak.threat import ThreatModel
 
 
@@ -29,7 +31,7 @@ class Knowledge:
         classes: number of classes.
         threat: what is granted.
         auxiliary: images ``[M, C, H, W]`` in [0, 1] and labels ``[M]``, only if the threat model grants them.
-        training_mode: whether clients ran the model in train mode (matters for BatchNorm and dropout).
+        defense: what the clients defend themselves with, only if that is known; the attacker then imitates it.
     """
 
     model: nn.Module
@@ -37,7 +39,26 @@ class Knowledge:
     classes: int
     threat: ThreatModel = field(default_factory=ThreatModel)
     auxiliary: tuple[Tensor, Tensor] | None = None
-    training_mode: bool = True
+    defense: Defense | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one call of an attack is to be carried out, whatever it attacks.
+
+    Attributes:
+        device: where to compute; results come back on the CPU.
+        seed: decides every random choice.
+        seconds: how long the call may take, about; None for as long as it needs.
+        on_result: called with (index, reconstruction) as soon as one observation is finished.
+        on_progress: called now and then with the state of the whole call.
+    """
+
+    device: torch.device | str = "cpu"
+    seed: int = 0
+    seconds: float | None = None
+    on_result: Callable[[int, Reconstruction], None] | None = None
+    on_progress: Callable[[Progress], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,10 +68,13 @@ class LabelGuess:
     Attributes:
         labels: ``[K, B]`` int64, the K most likely label multisets, most likely first, each sorted ascending.
         confidence: ``[K]`` in [0, 1], comparable within one guess only.
+        features: ``[B, d]``, the samples' inputs of the last layer in the order of the best labels, where they were
+            found on the way.
     """
 
     labels: Tensor
     confidence: Tensor
+    features: Tensor | None = None
 
     @property
     def best(self) -> Tensor:
@@ -68,65 +92,19 @@ class LabelInference(ABC):
 
     @abstractmethod
     def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:
         """Infer the labels behind each observation, all in one call.
 
         Args:
             observations: N observations; batch sizes may differ.
             knowledge: what else the attacker holds.
+            run: its seed decides every random choice, whatever else is in the call.
             candidates: up to how many label multisets to return for each observation.
-            seed: decides every random choice, whatever else is in the call.
 
         Returns:
             N guesses, in order; None where the labels are left to the inversion (DLG's soft labels).
         """
-
-
-@dataclass
-class Reconstruction:
-    """What the attacker rebuilt from one observation.
-
-    Attributes:
-        round, client: which observation.
-        images: ``[B, C, H, W]`` float32 in [0, 1].
-        labels: ``[B]`` int64, ``labels[i]`` belonging to ``images[i]``.
-        objective: the inversion's objective at `images` (unscaled), NaN where there was no inversion.
-        evaluations: objective-and-gradient evaluations, all restarts together.
-        seconds: this observation's share of the attack's wall time.
-        stop_reason: ``converged``, ``stalled``, ``diverged``, ``budget``, ``labels_only``, or an error.
-        restarts: how many starts were used.
-        trace: rows (evaluations, objective) where a trace was kept.
-        snapshots: rows (evaluations, images ``[B, C, H, W]`` float16 in [0, 1]) where a trace was kept: the best images
-            so far along the returned start, first those it began with, last the returned ones.
-        details: anything else worth storing, plain numbers and strings.
-    """
-
-    round: int
-    client: int
-    images: Tensor
-    labels: Tensor
-    objective: float
-    evaluations: int
-    seconds: float
-    stop_reason: str
-    restarts: int = 1
-    trace: list[tuple[int, float]] = field(default_factory=list)
-    snapshots: list[tuple[int, Tensor]] = field(default_factory=list)
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The state of a running inversion, handed to a callback for the live line."""
-
-    problems: int
-    done: int
-    converged: int
-    diverged: int
-    median_objective: float
-    evaluations: int
-    evaluations_per_second: float
 
 
 class Inversion(ABC):
@@ -143,25 +121,18 @@ class Inversion(ABC):
         observations: Sequence[Observation],
         guesses: Sequence[LabelGuess | None],
         knowledge: Knowledge,
-        *,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-        on_result: Callable[[int, Reconstruction], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        run: Run,
     ) -> list[Reconstruction]:
         """Rebuild the private images behind each observation, all in one call.
 
         Random starts depend on (seed, round, client, restart) only, so that a call with other observations beside it
-        gives the same reconstructions.
+        gives the same reconstructions. Each is also handed to `run.on_result` as soon as it is finished.
 
         Args:
             observations: N observations, of any rounds and so with any parameters.
             guesses: N label guesses; None asks for DLG's joint optimisation of image and soft label.
             knowledge: what else the attacker holds.
-            device: where to compute; results come back on the CPU.
-            seed: decides every random choice.
-            on_result: called with (index, reconstruction) as soon as one observation is finished.
-            on_progress: called now and then with the state of the whole call.
+            run: device, seed, time and callbacks.
 
         Returns:
             N reconstructions, in order.

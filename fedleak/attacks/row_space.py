@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from fedleak.seeding import plain_generator
+
 
 @dataclass(frozen=True)
 class RowSpace:
@@ -202,7 +204,7 @@ def imagined_atoms(
     Returns:
         ``[P, A, B]`` coordinates and ``[A]`` labels, ascending.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     problems, classes, rank = space.head.shape
     labels = torch.randint(classes, (count,), generator=generator).sort().values
     width = 1 + 4 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
@@ -308,7 +310,7 @@ def search(
     relative = noise / space.singular[:, 0].clamp(min=1e-300)
     last = (1e3 * relative).clamp(min=last_floor, max=0.3)
     enough = (10 * classes * rank * (relative / last).square()).clamp(min=solved).tolist()
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     drawn = torch.randint(len(atom_labels), (starts, rank), generator=generator).to(device)
     x, labels = atoms[:, drawn], atom_labels[drawn].expand(problems, -1, -1)
     for level, value in enumerate(floors):

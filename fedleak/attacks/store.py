@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fedleak import tensorfile
-from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.results import Reconstruction
 
 
 class ReconstructionStore:

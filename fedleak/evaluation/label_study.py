@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fedleak.attacks.base import Knowledge, LabelInference
-from fedleak.capture import Observation, Payload
+from fedleak.attacks.base import Knowledge, LabelInference, Run
+from fedleak.capture import Observation
 from fedleak.errors import UsageError
-from fedleak.federation.local_update import local_update
+from fedleak.local_update import local_update
 from fedleak.threat import ThreatModel
+from fedleak.training import SGD, LocalTraining, Payload
 
 COLUMNS = (
     "method",
@@ -75,30 +76,16 @@ def client_update(
     """What the server sees of a client that trains `plan.local_steps` steps of plain SGD on consecutive batches."""
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
-    result = local_update(
-        model,
-        start,
-        buffers,
-        images,
-        labels,
-        local_steps=plan.local_steps,
-        lr=plan.lr,
-        payload=plan.payload,
-        per_sample=plan.per_sample,
-        training_mode=model.training,
-    )
-    return Observation(
-        round=run + 1,
-        client=0,
-        parameters=start,
-        update=result.update,
+    training = LocalTraining(
         payload=plan.payload,
         batch_size=batch_size,
-        lr=plan.lr,
         local_steps=plan.local_steps,
-        start_buffers=buffers,
+        optimizer=SGD(plan.lr),
+        training_mode=model.training,
         per_sample=plan.per_sample,
     )
+    result = local_update(model, start, buffers, images, labels, training)
+    return Observation(run + 1, 0, start, result.update, training, start_buffers=buffers)
 
 
 def label_study(
@@ -217,7 +204,7 @@ def _score(
             for observation, counts in zip(observations, truth, strict=True)
         ]
     began = time.perf_counter()
-    guesses = method.infer(observations, knowledge, seed=seed)
+    guesses = method.infer(observations, knowledge, Run(seed=seed))
     seconds = (time.perf_counter() - began) / len(observations)
     scored = []
     for guess, counts in zip(guesses, truth, strict=True):

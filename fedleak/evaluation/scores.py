@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.results import Reconstruction, StopReason
 from fedleak.evaluation.metrics import RECOVERED_MSE, assign, label_accuracy, labels_exact, mse, psnr, ssim
 from fedleak.truth import Truth
 
@@ -91,7 +91,7 @@ class Match:
 
 def failed(reconstruction: Reconstruction) -> bool:
     """Whether there was nothing to attack or nothing came out of it (an unusable update, an attack that raised)."""
-    return len(reconstruction.labels) == 0 and len(reconstruction.images) == 0
+    return reconstruction.failed
 
 
 def match(reconstruction: Reconstruction, truth: Truth | None, *, similarity: bool = True) -> list[Match]:
@@ -115,7 +115,7 @@ def match(reconstruction: Reconstruction, truth: Truth | None, *, similarity: bo
     if failed(reconstruction):
         return []
     # An attack on labels alone may carry blank images to keep the shapes: they are not its result.
-    rebuilt = reconstruction.images[: 0 if reconstruction.stop_reason == "labels_only" else None]
+    rebuilt = reconstruction.images[: 0 if reconstruction.labels_only else None]
     inferred = [int(label) for label in reconstruction.labels]
     if truth is None:
         return [
@@ -313,7 +313,9 @@ def _tried(attacks: pd.DataFrame, leakage: pd.DataFrame) -> pd.DataFrame:
     if "stop_reason" not in attacks or "client" not in attacks:
         return leakage
     updates = zip(attacks["round"], attacks["client"], strict=True)
-    labels_only = {u for u, reason in zip(updates, attacks["stop_reason"], strict=True) if reason == "labels_only"}
+    labels_only = {
+        u for u, reason in zip(updates, attacks["stop_reason"], strict=True) if reason == StopReason.LABELS_ONLY
+    }
     where = zip(leakage.get("round", []), leakage.get("client", []), strict=True)
     return leakage[[update not in labels_only for update in where]] if labels_only else leakage
 

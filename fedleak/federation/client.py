@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedleak.federation.local_update import local_update
+from fedleak.defenses.base import leaving
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
 from fedleak.federation.rounds import is_due
 from fedleak.federation.scenario import Scenario, build_scenario
+from fedleak.local_update import local_update
 from fedleak.seeding import generator
 from fedleak.threads import one_thread
 from fedleak.truth import Truth, TruthStore
@@ -62,32 +64,31 @@ def train_once(
     names = [name for name, _ in scenario.model.named_parameters()]
     device = scenario.device
     start = {name: received[name].to(device) for name in names}
+    random = generator(scenario.seed, "defense", client, server_round)
+    defense, training = scenario.defense, scenario.training
     result = local_update(
         scenario.model.to(device),
         start,
         {name: value.to(device) for name, value in received.items() if name not in start},
         images.to(device),
         labels.to(device),
-        local_steps=federation.local_steps,
-        lr=federation.lr,
-        payload=federation.payload,
-        per_sample=scenario.threat.per_sample_gradients,
-        training_mode=federation.training_mode,
+        training,
+        examples=partial(defense.examples, generator=random) if defense.per_example else None,
     )
     # A defense transforms the change that is sent: the gradient itself, or new minus old weights.
     update = {name: value.cpu() for name, value in result.update.items()}
-    origin = {name: received[name] if federation.payload == "weights" else torch.zeros(()) for name in names}
-    change = {name: value - origin[name] for name, value in update.items()}
-    random = generator(scenario.seed, "defense", client, server_round)
-    for name, value in defend(scenario, change, random).items():
-        if value is not change.get(name):  # adding the origin back would round what no defense touched
-            update[name] = origin[name] + value if name in origin else value
+    weights = training.payload == "weights"
+    change = {name: value - received[name] for name, value in update.items()} if weights else update
+    defended = defend(scenario, change, random)
+    if weights:
+        # Adding the origin back would round what no defense touched.
+        defended = {n: update[n] if torch.equal(v, change[n]) else received[n] + v for n, v in defended.items()}
     says = ConfigRecord({PARTITION: client, "lr": federation.lr, "local-steps": federation.local_steps})
     if scenario.threat.labels:
         says["labels"] = sorted(labels.tolist())
     return RecordDict(
         {
-            ARRAYS: to_arrays({**update, **result.buffers}),
+            ARRAYS: to_arrays({**defended, **result.buffers}),
             METRICS: MetricRecord({EXAMPLES: len(labels), "train_loss": result.loss}),
             CLIENT: says,
         }
@@ -97,9 +98,9 @@ def train_once(
 def defend(scenario: Scenario, change: dict[str, Tensor], random: torch.Generator) -> dict[str, Tensor]:
     """The defended change; where every sample's gradient is shared, each sample's is defended on its own."""
     if not scenario.threat.per_sample_gradients:
-        return scenario.defense.apply(change, generator=random)
+        return leaving(scenario.defense, change, generator=random)
     samples = [dict(zip(change, values, strict=True)) for values in zip(*change.values(), strict=True)]
-    defended = [scenario.defense.apply(sample, generator=random) for sample in samples]
+    defended = [leaving(scenario.defense, sample, generator=random) for sample in samples]
     return {name: torch.stack([sample[name] for sample in defended]) for name in defended[0]}
 
 

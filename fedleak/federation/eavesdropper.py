@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedleak.capture import CaptureInfo, CaptureStore, Observation, Payload, find_fault
+from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
 from fedleak.federation.records import EXAMPLES, PARTITION, client_record, to_tensors
 from fedleak.federation.rounds import is_due
 from fedleak.federation.strategy import last_line
 from fedleak.threat import ThreatModel
+from fedleak.training import SGD, ClientOptimizer, LocalTraining, Payload, Tensors
 
 
 class Eavesdropper(Strategy):
@@ -36,9 +38,12 @@ class Eavesdropper(Strategy):
             parameter, in order.
         threat: what the attacker is granted; what is withheld is never written.
         payload: ``weights`` if clients return new weights (Flower's usual way), ``gradient`` if gradients.
-        lr, local_steps, batch_size: what the server knows of its clients' training. A reply's or the configuration's
-            own ``lr`` and ``local-steps`` go first; where no batch size is named, a reply's ``num-examples`` gives it.
+        lr, local_steps, batch_size: what the server knows of its clients' training. A reply's or its message's own
+            ``lr`` and ``local-steps`` go first; where no batch size is named, a reply's ``num-examples`` gives it (of
+            all local steps together, where their number is not known either).
         image_shape, classes: (C, H, W) and number of classes, for the attack.
+        optimizer: the clients' optimiser, plain SGD unless named; its learning rate gives way to an ``lr`` as above.
+        epochs: how often clients go over their `local_steps` batches.
         training_mode: whether clients train in train mode.
         per_sample: clients return each sample's gradient (iDLG's per-sample scenario).
         client_of: node id -> client number; by default what a reply's ``partition-id`` says, else the node's order.
@@ -61,6 +66,8 @@ class Eavesdropper(Strategy):
         classes: int | None = None,
         training_mode: bool = True,
         per_sample: bool = False,
+        optimizer: ClientOptimizer | None = None,
+        epochs: int = 1,
         client_of: Callable[[int], int | None] | None = None,
         every: int = 1,
         on_round: Callable[[int, list[Observation]], None] | None = None,
@@ -68,16 +75,16 @@ class Eavesdropper(Strategy):
         self.strategy = strategy
         self.threat = threat or ThreatModel()
         self.store = CaptureStore.create(Path(captures), CaptureInfo(self.threat, image_shape, classes, training_mode))
-        self.payload: Payload = payload
-        self.metadata = {"lr": lr, "local_steps": local_steps, "batch_size": batch_size}
+        if optimizer is None and lr is not None:
+            optimizer = SGD(lr)
+        elif optimizer is not None and lr is not None:
+            optimizer = replace(optimizer, lr=lr)
+        self.training = LocalTraining(payload, batch_size, local_steps, epochs, optimizer, training_mode, per_sample)
         self.names = None if model is None else ([n for n, _ in model.named_parameters()], list(model.state_dict()))
-        self.per_sample = per_sample
         self.client_of = client_of
         self.every = every
         self.on_round = on_round
-        self._sent: dict[str, torch.Tensor] = {}
-        self._config: Mapping[str, Any] = {}
-        self._asked: list[int] = []
+        self._sent: dict[int, _Sent] = {}
         self._order: dict[int, int] = {}
 
     def summary(self) -> None:
@@ -89,9 +96,14 @@ class Eavesdropper(Strategy):
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the round, and note what it sends to whom."""
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
-        self._sent = self._named(to_tensors(arrays))
-        self._config = dict(config)
-        self._asked = [message.metadata.dst_node_id for message in messages]
+        read: dict[int, tuple[Tensors, Tensors]] = {}  # messages may share their arrays
+        self._sent = {}
+        for message in messages:
+            carried = next(iter(message.content.array_records.values()), arrays)
+            if id(carried) not in read:
+                read[id(carried)] = self._split(self._named(to_tensors(carried)))
+            own: Mapping[str, Any] = next(iter(message.content.config_records.values()), {})
+            self._sent[message.metadata.dst_node_id] = _Sent(*read[id(carried)], {**config, **own})
         return messages
 
     def aggregate_train(
@@ -138,47 +150,39 @@ class Eavesdropper(Strategy):
         )
 
     def _observe(self, server_round: int, reply: Message) -> Observation:
-        parameters, start_buffers = self._split(self._sent)
+        sent = self._sent.get(reply.metadata.src_node_id, _Sent({}, {}, {}))
         says = client_record(reply)
-        client = self._client(reply, says)
-        update: dict[str, torch.Tensor] = {}
-        buffers: dict[str, torch.Tensor] = {}
-        examples = None
+        seen = Observation(server_round, self._client(reply, says), sent.parameters, {}, self.training, sent.buffers)
         if reply.has_error():
-            error: str | None = f"client error: {last_line(reply.error.reason)}"
-        else:
-            try:
-                record = next(iter(reply.content.array_records.values()))
-                update, buffers = self._split(self._named(to_tensors(record)))
-                metrics: Mapping[str, Any] = next(iter(reply.content.metric_records.values()), MetricRecord())
-                examples = metrics.get(EXAMPLES)
-                fault = find_fault(update, parameters, per_sample=self.per_sample)
-                error = None if fault is None else f"bad update: {fault}"
-            except Exception as problem:  # a reply of any form must not stop the federation
-                error = f"bad update: {type(problem).__name__}: {last_line(str(problem))}"
-        local_steps = self._known("local-steps", "local_steps", says)
-        batch_size = self.metadata["batch_size"]
-        if isinstance(examples, int | float):
-            batch_size = max(1, round(examples / (local_steps or 1))) if says or batch_size is None else batch_size
-        labels = says.get("labels")
-        return Observation(
-            round=server_round,
-            client=client,
-            parameters=parameters,
-            update=update if error is None else {},
-            payload=self.payload,
-            batch_size=int(batch_size) if batch_size is not None else None,
-            lr=self._known("lr", "lr", says),
-            local_steps=int(local_steps) if local_steps is not None else None,
-            start_buffers=start_buffers,
-            buffers=buffers if error is None else {},
-            labels=torch.tensor(labels, dtype=torch.int64).sort().values if isinstance(labels, list) else None,
-            per_sample=self.per_sample,
-            error=error,
-        )
+            return replace(seen, error=f"client error: {last_line(reply.error.reason)}")
+        try:
+            training = self._training(reply, {**sent.config, **says})
+            record = next(iter(reply.content.array_records.values()))
+            update, buffers = self._split(self._named(to_tensors(record)))
+            fault = find_fault(update, sent.parameters, per_sample=training.per_sample)
+            labels = says.get("labels")
+            sorted_labels = torch.tensor(labels, dtype=torch.int64).sort().values if isinstance(labels, list) else None
+        except Exception as problem:  # a reply of any form must not stop the federation
+            return replace(seen, error=f"bad update: {type(problem).__name__}: {last_line(str(problem))}")
+        seen = replace(seen, training=training, labels=sorted_labels)
+        if fault is not None:
+            return replace(seen, error=f"bad update: {fault}")
+        return replace(seen, update=update, buffers=buffers)
 
-    def _known(self, wire: str, name: str, says: Mapping[str, Any]) -> Any:
-        return says.get(wire, self._config.get(wire, self.metadata[name]))
+    def _training(self, reply: Message, says: Mapping[str, Any]) -> LocalTraining:
+        """What is known of a client's training, its own word first."""
+        training = self.training
+        if "local-steps" in says:
+            training = replace(training, local_steps=int(says["local-steps"]))
+        if "lr" in says:
+            optimizer = SGD(says["lr"]) if training.optimizer is None else replace(training.optimizer, lr=says["lr"])
+            training = replace(training, optimizer=optimizer)
+        metrics: Mapping[str, Any] = next(iter(reply.content.metric_records.values()), MetricRecord())
+        examples = metrics.get(EXAMPLES)
+        # One of our clients counts right; any other app's batch size is what its wrapper says, where it says one.
+        if isinstance(examples, int | float) and (client_record(reply) or training.batch_size is None):
+            training = replace(training, batch_size=max(1, round(examples / (training.local_steps or 1))))
+        return training
 
     def _client(self, reply: Message, says: Mapping[str, Any]) -> int:
         node = reply.metadata.src_node_id
@@ -187,6 +191,15 @@ class Eavesdropper(Strategy):
         if PARTITION in says:
             return int(says[PARTITION])
         # A node keeps its number for the whole run; sorting makes the first numbers independent of arrival.
-        for other in sorted(self._asked):
+        for other in sorted(self._sent):
             self._order.setdefault(other, len(self._order))
         return self._order.setdefault(node, len(self._order))
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What one message carried."""
+
+    parameters: Tensors
+    buffers: Tensors
+    config: Mapping[str, Any]

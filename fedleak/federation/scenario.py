@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedleak.capture import Payload
 from fedleak.data import ImageData, to_float
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
+from fedleak.federation.adversary import Adversary
 from fedleak.federation.rounds import is_due
 from fedleak.instantiate import instantiate
 from fedleak.models import build_model
 from fedleak.seeding import derive_seed, generator
 from fedleak.threat import ThreatModel
+from fedleak.training import SGD, LocalTraining, Payload
 
 AUXILIARY_IMAGES = 1024
 
@@ -39,6 +40,17 @@ class Federation:
     evaluate_every: int = 1
     capture_every: int = 1
 
+    @property
+    def training(self) -> LocalTraining:
+        """How each client trains."""
+        return LocalTraining(
+            payload=self.payload,
+            batch_size=self.batch_size,
+            local_steps=self.local_steps,
+            optimizer=SGD(self.lr),
+            training_mode=self.training_mode,
+        )
+
     def evaluates(self, server_round: int) -> bool:
         """Whether the test accuracy is measured after this round."""
         return is_due(server_round, self.evaluate_every) or server_round == self.rounds
@@ -52,6 +64,7 @@ class Scenario:
         data: the images.
         parts: a tensor of training-image indices a client.
         model: the shared model with its initial weights.
+        adversary: what the server does to it, nothing if it is honest.
         auxiliary: what an attacker may be granted: indices into the test images, kept out of the utility's.
         utility: indices of the test images that measure utility.
     """
@@ -66,6 +79,12 @@ class Scenario:
     device: torch.device
     auxiliary: Tensor
     utility: Tensor
+    adversary: Adversary
+
+    @property
+    def training(self) -> LocalTraining:
+        """How each client trains, under this threat model."""
+        return replace(self.federation.training, per_sample=self.threat.per_sample_gradients)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -115,7 +134,19 @@ def build_scenario(config: Mapping[str, Any]) -> Scenario:
         UsageError: data, partition, model or defense cannot be built from it; names the key, the value and the mend.
     """
     keys = ("data", "partition", "model", "federation", "defense", "threat", "seed", "device")
-    return _build(json.dumps({key: config[key] for key in keys}, sort_keys=True))
+    chosen = {key: config[key] for key in keys} | {"adversary": config.get("adversary")}
+    return _build(json.dumps(chosen, sort_keys=True))
+
+
+def build_adversary(config: Mapping[str, Any]) -> Adversary:
+    """The adversary of a config; an honest server where it names none, as runs from before there were any do."""
+    node = config.get("adversary")
+    return Adversary() if node is None else instantiate(node, "adversary")
+
+
+def shared_model(config: Mapping[str, Any], image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+    """The model of a config as the federation starts with it: freshly initialised, then prepared by the adversary."""
+    return build_adversary(config).prepare(build_model(config["model"], image_shape, classes, seed))
 
 
 @lru_cache(maxsize=1)
@@ -133,13 +164,14 @@ def _build(config_json: str) -> Scenario:
         federation=federation,
         data=data,
         parts=parts,
-        model=build_model(config["model"], data.image_shape, data.classes, derive_seed(seed, "model")),
+        model=shared_model(config, data.image_shape, data.classes, derive_seed(seed, "model")),
         defense=instantiate(config["defense"], "defense"),
         threat=threat,
         seed=seed,
         device=resolve_device(config["device"]),
         auxiliary=order[:held_back],
         utility=order[held_back:].sort().values,
+        adversary=build_adversary(config),
     )
 
 

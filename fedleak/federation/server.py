@@ -59,6 +59,7 @@ def make_server_app(
         "seed": scenario.seed,
         "buffers": buffers,
         "per_sample": scenario.threat.per_sample_gradients,
+        "adversary": scenario.adversary,
     }
     inner = FedSGD(lr=federation.lr, **common) if federation.payload == "gradient" else RepeatableFedAvg(**common)
 
@@ -72,6 +73,8 @@ def make_server_app(
             payload=federation.payload,
             image_shape=scenario.image_shape,
             classes=scenario.data.classes,
+            optimizer=scenario.training.optimizer,
+            epochs=scenario.training.epochs or 1,
             training_mode=federation.training_mode,
             per_sample=scenario.threat.per_sample_gradients,
             client_of=inner.partition_of.get,

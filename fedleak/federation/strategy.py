@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedleak.capture import find_fault
 from fedleak.errors import FedleakError
+from fedleak.federation.adversary import Adversary
 from fedleak.federation.records import ARRAYS, CONFIG, PARTITION, client_record, to_arrays, to_tensors
 from fedleak.seeding import generator
 
@@ -32,16 +33,25 @@ class RepeatableFedAvg(FedAvg):
         seed: decides the sampling.
         buffers: names of the arrays that are buffers, not parameters.
         per_sample: updates have a leading sample dimension, averaged here.
+        adversary: alters what is sent to each client; None alters nothing.
     """
 
     def __init__(
-        self, *, clients: int, fraction: float, seed: int, buffers: Iterable[str] = (), per_sample: bool = False
+        self,
+        *,
+        clients: int,
+        fraction: float,
+        seed: int,
+        buffers: Iterable[str] = (),
+        per_sample: bool = False,
+        adversary: Adversary | None = None,
     ) -> None:
         super().__init__(fraction_train=fraction, fraction_evaluate=0.0, min_train_nodes=1, min_available_nodes=clients)
         self.clients = clients
         self.seed = seed
         self.buffers = frozenset(buffers)
         self.per_sample = per_sample
+        self.adversary = adversary or Adversary()
         self.partition_of: dict[int, int] = {}
         self.aggregated = 0
         self.train_loss = float("nan")
@@ -69,8 +79,14 @@ class RepeatableFedAvg(FedAvg):
         count = max(1, round(self.fraction_train * len(by_partition)))
         order = torch.randperm(len(by_partition), generator=generator(self.seed, "sample", server_round))
         chosen = [by_partition[i] for i in sorted(order[:count].tolist())]
-        record = RecordDict({ARRAYS: arrays, CONFIG: config})
-        return self._construct_messages(record, chosen, MessageType.TRAIN)
+        messages: list[Message] = []
+        state = to_tensors(arrays)
+        shared = RecordDict({ARRAYS: arrays, CONFIG: config})
+        for node in chosen:
+            sent = self.adversary.send(server_round, self.partition_of[node], state)
+            record = shared if sent is state else RecordDict({ARRAYS: to_arrays(sent), CONFIG: config})
+            messages += self._construct_messages(record, [node], MessageType.TRAIN)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import pandas as pd
 import yaml
 
+from fedleak.attacks.results import StopReason
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.config import flat
 from fedleak.errors import UsageError
@@ -57,7 +58,7 @@ class RunData:
     @property
     def labels_only(self) -> bool:
         """Whether the attack went for labels and tried no image."""
-        return len(self.attacks) > 0 and bool((self.attacks["stop_reason"] == "labels_only").all())
+        return len(self.attacks) > 0 and bool((self.attacks["stop_reason"] == StopReason.LABELS_ONLY).all())
 
     def settings(self) -> dict[str, str]:
         """The configuration as dotted key -> value, less what repeats another key; of a class, its name alone."""

@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fedleak.attacks import Attack, Knowledge
-from fedleak.attacks.base import LabelInference, Progress
+from fedleak.attacks import Attack, Knowledge, LabelInference, Progress, Run
+from fedleak.attacks.attack import assume_one_step
 from fedleak.capture import CaptureStore, Observation
 from fedleak.config import Rule, check
 from fedleak.errors import UsageError
@@ -75,7 +75,7 @@ def attack_labels(captured: Captured, methods: Mapping[str, LabelInference], see
     """A row a method and update: round, client, method, label_accuracy, labels_exact."""
     rows = []
     for name, method in methods.items():
-        guesses = method.infer(captured.observations, captured.knowledge, seed=seed)
+        guesses = method.infer(assume_one_step(captured.observations)[0], captured.knowledge, Run(seed=seed))
         for observation, truth, guess in zip(captured.observations, captured.truths, guesses, strict=True):
             inferred = torch.empty(0, dtype=torch.int64) if guess is None else guess.best
             rows.append(

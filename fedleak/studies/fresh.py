@@ -11,8 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fedleak.attacks import Attack, Knowledge, Reconstruction
-from fedleak.attacks.base import Progress
+from fedleak.attacks import Attack, Knowledge, Progress, Reconstruction, StopReason
 from fedleak.capture import Observation
 from fedleak.config import Rule, whole
 from fedleak.data import ImageData, to_float
@@ -201,7 +200,7 @@ class FreshNetworks(Study):
             imaged = bool(cell["mse"].notna().any())
             shares = {"labels_exact": cell["labels_exact"]}
             if imaged:
-                shares["converged"] = cell["stop_reason"] == "converged"
+                shares["converged"] = cell["stop_reason"] == StopReason.CONVERGED
                 shares["blown_up"] = cell["blown_up"].dropna()
             means = {name: cell[name] for name in ("label_accuracy", "last_label_accuracy")}
             if imaged:

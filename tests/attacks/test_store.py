@@ -3,7 +3,7 @@
 import torch
 
 from fedleak import tensorfile
-from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.results import Reconstruction
 from fedleak.attacks.store import ReconstructionStore
 
 

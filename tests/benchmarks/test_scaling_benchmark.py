@@ -57,7 +57,7 @@ def test_every_start_runs_for_exactly_its_evaluations_and_the_chunk_is_noted():
     observations, guesses = bench.make_victims(MNIST, 5, False, 0)
     inversion = bench.matching(2, 3, chunk_size=4)
     knowledge = bench.Knowledge(bench.LeNet(MNIST.shape, MNIST.classes), MNIST.shape, MNIST.classes)
-    results = inversion.invert(observations, guesses, knowledge)
+    results = inversion.invert(observations, guesses, knowledge, bench.Run())
     assert [result.evaluations for result in results] == [6] * 5
     assert {result.stop_reason for result in results} == {"budget"}
     assert inversion.chunk == 4

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.results import Reconstruction
 from fedleak.evaluation.scores import (
     ATTACK_COLUMNS,
     LEAKAGE_COLUMNS,

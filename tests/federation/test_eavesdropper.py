@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import fedleak
 from fedleak.federation.engine import LocalEngine
+from fedleak.training import Adam
 
 LR = 0.1
 IMAGES = torch.rand(2, 1, 10, 10, generator=torch.Generator().manual_seed(0))
@@ -70,7 +71,8 @@ def test_one_line_audits_an_app_that_is_not_ours(tmp_path):
     observations = fedleak.CaptureStore.open(tmp_path / "captures").load()
     assert [(o.round, o.client) for o in observations] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     first = observations[0]
-    assert (first.payload, first.lr, first.batch_size, first.error) == ("weights", LR, 1, None)
+    known = first.training
+    assert (known.payload, known.lr, known.batch_size, first.error) == ("weights", LR, 1, None)
     model = their_model()
     cross_entropy(model(IMAGES[:1]), LABELS[:1]).backward()
     for name, p in model.named_parameters():
@@ -91,7 +93,7 @@ def test_withheld_metadata_stays_withheld(tmp_path):
     app, _ = their_server_app(wrap, rounds=1)
     LocalEngine().run(app, their_client_app(), 2)
     for o in fedleak.CaptureStore.open(tmp_path).load():
-        assert (o.batch_size, o.lr, o.local_steps) == (None, None, None)
+        assert (o.training.batch_size, o.training.optimizer, o.training.local_steps) == (None, None, None)
 
 
 def test_an_attack_inline_gets_each_round_as_it_ends(tmp_path):
@@ -131,3 +133,57 @@ def test_arrays_get_the_models_names_even_if_the_app_numbers_them(tmp_path, keys
     for o in fedleak.CaptureStore.open(tmp_path).load():
         assert list(o.parameters) == list(model.state_dict())
         assert list(o.update) == list(model.state_dict())
+
+
+class Rotates(FedAvg):
+    """Sends every second client another model, in a message of its own with its own learning rate."""
+
+    def configure_train(self, server_round, arrays, config, grid):
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            if message.metadata.dst_node_id % 2 == 0:
+                state = {name: value + 1 for name, value in arrays.to_torch_state_dict().items()}
+                content = {"arrays": ArrayRecord(state), "config": ConfigRecord({"lr": 0.25, "local-steps": 1})}
+                message.content = RecordDict(content)
+        return messages
+
+
+def test_what_each_message_carries_is_captured_not_what_the_strategy_was_handed(tmp_path):
+    app = ServerApp()
+
+    @app.main()
+    def main(grid, context):
+        inner = Rotates(fraction_evaluate=0.0)
+        strategy = fedleak.Eavesdropper(inner, tmp_path, model=their_model(), optimizer=Adam(0.5), epochs=3)
+        strategy.start(grid, ArrayRecord(their_model().state_dict()), num_rounds=1)
+
+    LocalEngine().run(app, their_client_app(), 4)
+    seen = fedleak.CaptureStore.open(tmp_path).load()
+    start = their_model().state_dict()
+    for o in seen:
+        assert all(torch.equal(value, start[name] + o.client % 2) for name, value in o.parameters.items())
+        assert o.training.optimizer == Adam(0.25 if o.client % 2 else 0.5)
+        assert (o.training.epochs, o.training.local_steps) == (3, 1 if o.client % 2 else None)
+        assert o.training.batch_size == 1
+    assert seen[0].parameters is seen[2].parameters
+    assert seen[1].parameters is seen[3].parameters
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 + 4
+
+
+def test_a_learning_rate_that_is_none_makes_the_update_unusable_and_stops_nothing(tmp_path):
+    app, client = ServerApp(), ClientApp()
+
+    @client.train()
+    def train(message: Message, context: Context) -> Message:
+        says = ConfigRecord({"lr": -1.0})
+        content = {"arrays": message.content["arrays"], "m": MetricRecord({"num-examples": 1}), "client": says}
+        return Message(RecordDict(content), reply_to=message)
+
+    @app.main()
+    def main(grid, context):
+        strategy = fedleak.Eavesdropper(FedAvg(fraction_evaluate=0.0), tmp_path, model=their_model())
+        strategy.start(grid, ArrayRecord(their_model().state_dict()), num_rounds=1)
+
+    LocalEngine().run(app, client, 2)
+    for o in fedleak.CaptureStore.open(tmp_path).load():
+        assert o.error.startswith("bad update: UsageError: lr=-1.0 is no learning rate")

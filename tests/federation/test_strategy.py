@@ -54,7 +54,7 @@ class Missing(calls(lambda u: dict(list(u.items())[1:]) | {"extra": torch.zeros(
         ("Raises", "client error: RuntimeError: my disk is full"),
         ("NotFinite", "bad update: not finite"),
         ("WrongShape", "bad update: wrong shape"),
-        ("Missing", "bad update: unknown tensor extra"),
+        ("Missing", "client error: UsageError: defense=Missing "),
     ],
 )
 def test_a_failing_client_stops_neither_the_federation_nor_the_attacker(tmp_path, name, reason, monkeypatch):

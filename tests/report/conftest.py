@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from fedleak.attacks.base import Reconstruction
+from fedleak.attacks.results import Reconstruction
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.evaluation.scores import score, summarise
 from fedleak.truth import Truth, TruthStore

@@ -51,7 +51,7 @@ def test_a_network_and_its_batch_are_the_same_whatever_else_is_drawn():
 
 def test_single_samples_share_their_gradients_where_that_is_granted():
     whole, single = victims([0]).observations[0], victims([0], per_sample_gradients=True).observations[0]
-    assert single.per_sample
+    assert single.training.per_sample
     for name, value in whole.update.items():
         torch.testing.assert_close(single.update[name].mean(0), value)
 

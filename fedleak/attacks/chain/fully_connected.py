@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fedleak.attacks.chain.base import Dense, Factored, Layer, Observed, Rows, Stack
 from fedleak.attacks.chain.products import Products
+from fedleak.seeding import plain_generator
 
 
 class FullyConnected(Layer):
@@ -133,7 +134,7 @@ def factors(target: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     A range finder with one power iteration (Halko 2011): exact where the rank is at most `rank`.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = plain_generator(0)
     probes = torch.randn(target.shape[1], rank, generator=generator, dtype=torch.float64).to(target.device)
     wide = target.double()
     q = torch.linalg.qr(wide.mT @ probes).Q

@@ -16,6 +16,7 @@ from fedleak.attacks.chain.convolution import Convolution
 from fedleak.attacks.chain.elementwise import affine, elu, leaky_relu, relu, sigmoid, softplus, tanh
 from fedleak.attacks.chain.fully_connected import FullyConnected
 from fedleak.attacks.chain.rearrangement import MaxPool, average_pool, flatten
+from fedleak.seeding import plain_generator
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Lay
         return None
     # What the layers make of an image must be what the model makes of it.
     parameter = next(model.parameters())
-    image = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0)).to(parameter)
+    image = torch.rand(2, *image_shape, generator=plain_generator(0)).to(parameter)
     own = _Own(dict(model.named_parameters()), {})
     try:
         with torch.no_grad():

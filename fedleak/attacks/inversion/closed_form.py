@@ -17,19 +17,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Reconstruction
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.chain import Chain, Layer, Linear, Pointwise
 from fedleak.attacks.inversion.estimate import Estimate, apply_transposed, estimate_input
 from fedleak.attacks.inversion.features import batch_features
 from fedleak.attacks.inversion.gradient_matching import GradientMatching, free_memory
 from fedleak.attacks.inversion.search import search
+from fedleak.attacks.results import Progress, Reconstruction, StopReason
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 
@@ -247,11 +248,7 @@ class Peeling(Inversion):
         observations: Sequence[Observation],
         guesses: Sequence[LabelGuess | None],
         knowledge: Knowledge,
-        *,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-        on_result: Callable[[int, Reconstruction], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        run: Run,
     ) -> list[Reconstruction]:
         """See `Inversion.invert`; the peeled images' `objective` is the squared distance of the gradients."""
         results: dict[int, Reconstruction] = {}
@@ -259,30 +256,31 @@ class Peeling(Inversion):
 
         def keep(index: int, result: Reconstruction) -> None:
             results[index] = result
-            if on_result is not None:
-                on_result(index, result)
+            if run.on_result is not None:
+                run.on_result(index, result)
 
         failed: dict[int, _Peeled] = {}
 
         def keep_better(position: int, result: Reconstruction) -> None:
             index = rest[position]
-            if index in failed and result.stop_reason != "converged":
+            if index in failed and not result.converged:
                 peeled = failed[index]
-                if peeled.relative <= _relative(observations[index], result, knowledge, device):
-                    report = _report(observations[index], peeled, "stalled")
+                if peeled.relative <= _relative(observations[index], result, knowledge, run.device):
+                    report = _report(observations[index], peeled, StopReason.STALLED)
                     report.evaluations, report.restarts = result.evaluations + 1, result.restarts
                     report.seconds += result.seconds
                     result = report
             keep(index, result)
 
-        for index, peeled in _peel_all(observations, guesses, knowledge, device):
+        for index, peeled in _peel_all(observations, guesses, knowledge, run.device):
             found = peeled.relative <= (self.tolerance if len(peeled.labels) == 1 else self.batch_tolerance)
             if not found and self.fallback is not None:
                 failed[index] = peeled
                 continue
-            keep(index, _report(observations[index], peeled, "converged" if found else "stalled"))
-            if on_progress is not None:
-                on_progress(_progress(len(observations), results, time.perf_counter() - start))
+            reason = StopReason.CONVERGED if found else StopReason.STALLED
+            keep(index, _report(observations[index], peeled, reason))
+            if run.on_progress is not None:
+                run.on_progress(_progress(len(observations), results, time.perf_counter() - start))
         for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
             if observation.error is not None:
                 keep(index, _unusable(observation, guess, knowledge))
@@ -291,15 +289,15 @@ class Peeling(Inversion):
             first = observations[rest[0]]
             raise UsageError(
                 f"attack.inversion=peeling cannot undo round {first.round}, client {first.client} (batch_size="
-                f"{first.batch_size}): it needs one local step, known labels, at most half as many samples as "
+                f"{first.training.batch_size}): it needs one local step, known labels, at most half as many samples as "
                 "classes and no branches or pooling; give it a fallback or choose attack.inversion=gradient_matching"
             )
         peeled_already = len(results)
 
         def of_all(state: Progress) -> None:
-            if on_progress is not None:
+            if run.on_progress is not None:
                 done, converged = state.done + peeled_already, state.converged + peeled_already
-                on_progress(replace(state, problems=len(observations), done=done, converged=converged))
+                run.on_progress(replace(state, problems=len(observations), done=done, converged=converged))
 
         fallback = self.fallback
         if isinstance(fallback, GradientMatching) and fallback.initial is None:
@@ -311,15 +309,12 @@ class Peeling(Inversion):
                 [observations[index] for index in rest],
                 [guesses[index] for index in rest],
                 knowledge,
-                device=device,
-                seed=seed,
-                on_result=keep_better,
-                on_progress=of_all,
+                replace(run, on_result=keep_better, on_progress=of_all),
             )
         return [results[index] for index in range(len(observations))]
 
 
-def _report(observation: Observation, peeled: _Peeled, stop_reason: str) -> Reconstruction:
+def _report(observation: Observation, peeled: _Peeled, stop_reason: StopReason) -> Reconstruction:
     return Reconstruction(
         round=observation.round,
         client=observation.client,
@@ -337,8 +332,8 @@ def _relative(
     observation: Observation, result: Reconstruction, knowledge: Knowledge, device: torch.device | str
 ) -> float:
     """‖∇W(x) − ∇W‖² / ‖∇W‖² of another inversion's images, infinite where every sample has its own gradient."""
-    chain = _chain(knowledge)
-    if chain is None or observation.per_sample:
+    chain = _chain(knowledge, observation.training.training_mode)
+    if chain is None or observation.training.per_sample:
         return torch.inf
     problem = _problem(observation, None, chain.parameter_names)
     tensors = (
@@ -351,13 +346,13 @@ def _relative(
     return float(_square({n: mine[n] - gradients[n] for n in mine}) / _square(gradients))
 
 
-def _chain(knowledge: Knowledge) -> Chain | None:
-    model = copy.deepcopy(knowledge.model).cpu().train(knowledge.training_mode)
+def _chain(knowledge: Knowledge, training_mode: bool) -> Chain | None:
+    model = copy.deepcopy(knowledge.model).cpu().train(training_mode)
     return Chain.trace(model, knowledge.image_shape)
 
 
 def _unusable(observation: Observation, guess: LabelGuess | None, knowledge: Knowledge) -> Reconstruction:
-    size = observation.batch_size or 1
+    size = observation.training.batch_size or 1
     return Reconstruction(
         round=observation.round,
         client=observation.client,
@@ -372,7 +367,7 @@ def _unusable(observation: Observation, guess: LabelGuess | None, knowledge: Kno
 
 def _progress(problems: int, results: Mapping[int, Reconstruction], seconds: float) -> Progress:
     objectives = sorted(result.objective for result in results.values())
-    converged = sum(result.stop_reason == "converged" for result in results.values())
+    converged = sum(result.converged for result in results.values())
     return Progress(
         problems=problems,
         done=len(results),
@@ -402,30 +397,34 @@ def _peel_all(
     device: torch.device | str,
 ) -> Iterator[tuple[int, _Peeled]]:
     """(index, images) of every supported observation, chunk by chunk."""
-    chain = _chain(knowledge)
-    if chain is None:
-        return
-    names = chain.parameter_names
-    by_size: dict[int, list[int]] = {}
-    for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
-        size = _batch_size(observation, guess, chain)
-        if size is not None and set(names) <= set(observation.update):
-            by_size.setdefault(size, []).append(index)
-    for size, indices in by_size.items():
-        chunk = max(1, int(_budget(torch.device(device)) // _bytes(chain, size)))
-        for first in range(0, len(indices), chunk):
-            start = time.perf_counter()
-            chosen = indices[first : first + chunk]
-            problems = [_problem(observations[i], guesses[i], names) for i in chosen]
-            yield from zip(chosen, _peel_chunk(chain, size, problems, device, start), strict=True)
+    for training_mode in dict.fromkeys(observation.training.training_mode for observation in observations):
+        chain = _chain(knowledge, training_mode)
+        if chain is None:
+            continue
+        names = chain.parameter_names
+        by_size: dict[int, list[int]] = {}
+        for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
+            if observation.training.training_mode != training_mode:
+                continue
+            size = _batch_size(observation, guess, chain)
+            if size is not None and set(names) <= set(observation.update):
+                by_size.setdefault(size, []).append(index)
+        for size, indices in by_size.items():
+            chunk = max(1, int(_budget(torch.device(device)) // _bytes(chain, size)))
+            for first in range(0, len(indices), chunk):
+                start = time.perf_counter()
+                chosen = indices[first : first + chunk]
+                problems = [_problem(observations[i], guesses[i], names) for i in chosen]
+                yield from zip(chosen, _peel_chunk(chain, size, problems, device, start), strict=True)
 
 
 def _batch_size(observation: Observation, guess: LabelGuess | None, chain: Chain) -> int | None:
     """Images behind each gradient of an observation, None where the closed form has no answer."""
-    if observation.error is not None or observation.local_steps not in (None, 1):
+    training = observation.training
+    if observation.error is not None or not training.single:
         return None
-    size = guess.labels.shape[1] if guess is not None else observation.batch_size or 1
-    if observation.per_sample or size == 1:
+    size = guess.labels.shape[1] if guess is not None else training.batch_size or 1
+    if training.per_sample or size == 1:
         return 1
     classes, features = chain.last.out_shape[0], chain.last.shape[0]
     known = guess is not None and chain.last.bias is not None and len(chain.layers) > 1
@@ -448,11 +447,11 @@ class _Problem:
 
 def _problem(observation: Observation, guess: LabelGuess | None, names: Sequence[str]) -> _Problem:
     gradients = {name: value.detach() for name, value in observation.gradient().items() if name in names}
-    if not observation.per_sample:
+    if not observation.training.per_sample:
         gradients = {name: value[None] for name, value in gradients.items()}
-    labels = None if guess is None or observation.per_sample else guess.best[None]
+    labels = None if guess is None or observation.training.per_sample else guess.best[None]
     parameters = {name: observation.parameters[name].detach() for name in names}
-    from_weights = 1 / (observation.scale or 1.0) if observation.payload == "weights" else 0.0
+    from_weights = 1 / (observation.scale or 1.0) if observation.training.payload == "weights" else 0.0
     return _Problem(parameters, gradients, from_weights, labels)
 
 

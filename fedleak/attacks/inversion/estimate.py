@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedleak.attacks.inversion.chain import Linear
+from fedleak.seeding import plain_generator
 
 _CERTAIN = 1e40
 """The precision of something known exactly."""
@@ -165,7 +166,7 @@ def _dual(layer: Linear, kernel: Tensor, gram: Tensor, std: Tensor, probes: int)
 
 def _probes(like: Tensor) -> Tensor:
     """Standard normal numbers, the same at every call and on every device."""
-    generator = torch.Generator().manual_seed(0)
+    generator = plain_generator(0)
     return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 

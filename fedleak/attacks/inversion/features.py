@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedleak.seeding import plain_generator
+
 
 @dataclass(frozen=True)
 class Roots:
@@ -134,7 +136,7 @@ def _starts(gradients: Tensor, rows: Tensor, starts: int, seed: int) -> Tensor:
     centre = (coordinates * positive[..., None]).sum(1) / mass.sum(1, keepdim=True)
     means = coordinates / torch.where(positive, gradients[..., -1], torch.inf)[..., None]
     spread = torch.where(positive[..., None], means - centre[:, None], 0.0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     mix = torch.randn(starts, gradients.shape[1], generator=generator, dtype=torch.float64).to(gradients)
     mix = mix / positive.sum(1).clamp(min=1).sqrt()[:, None, None]
     mix[:, 0] = 0

@@ -6,29 +6,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Progress, Reconstruction
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.chain.fully_connected import has_rank
 from fedleak.attacks.inversion.basis import Basis
 from fedleak.attacks.inversion.fast import chain_distance
-from fedleak.attacks.inversion.gradients import Distance, Rows, Victim, VmapDistance, check_update
+from fedleak.attacks.inversion.gradients import Distance, Rows, Victim, VmapDistance
 from fedleak.attacks.inversion.objectives import L2, Objective
 from fedleak.attacks.inversion.optimizers import LBFGS, Optimizer
 from fedleak.attacks.inversion.priors import Prior
-from fedleak.capture import Observation
+from fedleak.attacks.problem import Problem, pose
+from fedleak.attacks.results import Progress, Reconstruction, StopReason
+from fedleak.capture import Observation, same_tensors
 from fedleak.errors import UsageError
+from fedleak.seeding import mixed_generator
 
 Initial = Callable[
     [Sequence[Observation], Sequence["LabelGuess | None"], Knowledge, "torch.device | str"], "list[Tensor | None]"
 ]
 """Images ``[B, C, H, W]`` to start from, or None, for each observation: see `GradientMatching`."""
 
-REASONS = ("running", "converged", "diverged", "stalled", "budget")
+REASONS = (None, StopReason.CONVERGED, StopReason.DIVERGED, StopReason.STALLED, StopReason.BUDGET)
+"""By the code that a slot ends with; 0 goes on."""
 MOST_SNAPSHOTS = 8
 _MOMENTS = frozenset(round(2 ** (k / 2)) for k in range(64))
 """Counts of evaluations after which a snapshot is taken: 1, 2, 3, 4, 6, 8, 11, 16, …"""
@@ -150,75 +154,44 @@ class GradientMatching(Inversion):
         observations: Sequence[Observation],
         guesses: Sequence[LabelGuess | None],
         knowledge: Knowledge,
-        *,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-        on_result: Callable[[int, Reconstruction], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
+        run: Run,
     ) -> list[Reconstruction]:
         """Rebuild the private images behind each observation; see `Inversion.invert`.
 
         An observation with an error gives grey images, a NaN objective and the error as its stop reason.
 
         Raises:
-            UsageError: an observation does not fit the model, or its batch size is unknown.
+            UsageError: an observation does not fit the model, or its batch size or local steps are unknown.
         """
-        if len(observations) != len(guesses):
-            raise UsageError(
-                f"invert: {len(observations)} observations but {len(guesses)} label guesses; give one each"
-            )
-        results = _Results(observations, knowledge, on_result, on_progress)
-        cases: list[_Case] = []
-        firsts = self.initial(observations, guesses, knowledge, device) if self.initial else [None] * len(guesses)
-        for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
-            if observation.error is None:
-                cases += self._cases(index, observation, guess, knowledge, firsts[index])
+        problems = pose(observations, guesses, knowledge)
+        results = _Results(observations, knowledge, run)
+        firsts = self.initial(observations, guesses, knowledge, run.device) if self.initial else [None] * len(guesses)
+        cases = [
+            self._case(problem, observations[problem.index], knowledge.image_shape, firsts[problem.index])
+            for problem in problems
+        ]
         results.expect(cases)
         for group in _groups(cases):
-            distance = self._distance(group, knowledge, device)
-            _Solver(self, distance, knowledge, seed, results).solve(group)
+            distance = self._distance(group, knowledge, run.device)
+            _Solver(self, distance, knowledge, run.seed, results).solve(group)
         return results.finished()
 
-    def _cases(
-        self, index: int, observation: Observation, guess: LabelGuess | None, knowledge: Knowledge, first: Tensor | None
-    ) -> list[_Case]:
-        """One case per observation, or one per sample where every sample's gradient is shared."""
-        gradient = observation.gradient()
-        order = [name for name, _ in knowledge.model.named_parameters()]
-        labels = None if guess is None else guess.labels[: self.candidates]
-        parts: list[dict[str, Tensor]] = [gradient]
-        each: Sequence[Tensor | None] = [labels]
-        firsts: Sequence[Tensor | None] = [first]
-        if observation.per_sample:
-            samples = len(next(iter(gradient.values())))
-            parts = [{name: value[i] for name, value in gradient.items()} for i in range(samples)]
-            each = [None] * samples if labels is None else _labels_per_sample(gradient, labels[0], knowledge.classes)
-            firsts = [None] * samples if first is None else [image[None] for image in first]
-        cases = []
-        for sample, (part, label, image) in enumerate(zip(parts, each, firsts, strict=True)):
-            victim = Victim(observation.parameters, observation.start_buffers, part)
-            check_update(
-                knowledge.model, victim, f"observation of round {observation.round} client {observation.client}"
+    def _case(
+        self, problem: Problem, observation: Observation, image_shape: tuple[int, int, int], first: Tensor | None
+    ) -> _Case:
+        """A problem with nothing found yet."""
+        (target,), sample = problem.targets, problem.key[2]
+        if first is not None and observation.training.per_sample:
+            first = first[sample : sample + 1]
+        shape = (problem.samples, *image_shape)
+        if first is not None and tuple(first.shape) != shape:
+            raise UsageError(
+                f"inversion.initial: images {list(first.shape)} for round {observation.round} client "
+                f"{observation.client}, wanted {list(shape)}"
             )
-            victim = replace(victim, update={name: part[name] for name in order})
-            if label is not None:
-                size = label.shape[1]
-            elif observation.per_sample:
-                size = 1
-            elif observation.batch_size is None:
-                raise UsageError(
-                    "inversion: the batch size is withheld and no labels were inferred; "
-                    "grant it with threat.batch_size=true or choose a label inference that does without"
-                )
-            else:
-                size = observation.batch_size * (observation.local_steps or 1)
-            if image is not None and tuple(image.shape) != (size, *knowledge.image_shape):
-                raise UsageError(
-                    f"inversion.initial: images {list(image.shape)} for round {observation.round} client "
-                    f"{observation.client}, wanted {[size, *knowledge.image_shape]}"
-                )
-            cases.append(_Case(index, sample, observation, victim, size, label, image))
-        return cases
+        labels = None if problem.labels is None else problem.labels[: self.candidates]
+        victim = Victim(target.parameters, target.buffers, target.update)
+        return _Case(problem.index, sample, observation, victim, problem.samples, labels, first)
 
     def _distance(self, cases: list[_Case], knowledge: Knowledge, device: torch.device | str) -> Distance:
         """The fastest way to compare updates of these cases."""
@@ -232,7 +205,7 @@ class GradientMatching(Inversion):
                 knowledge.image_shape,
                 cases[0].size,
                 shared=shared,
-                training_mode=knowledge.training_mode,
+                training_mode=cases[0].observation.training.training_mode,
                 device=device,
                 dtype=self.dtype,
             )
@@ -242,7 +215,7 @@ class GradientMatching(Inversion):
             knowledge.model,
             self.objective,
             shared=victims[0] if shared else None,
-            training_mode=knowledge.training_mode,
+            training_mode=cases[0].observation.training.training_mode,
             device=device,
             dtype=self.dtype,
         )
@@ -254,8 +227,7 @@ class GradientMatching(Inversion):
         """
         observation = case.observation
         key = (seed, observation.round, observation.client, case.sample, attempt)
-        entropy = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy >> np.uint64(1)))
+        generator = mixed_generator(*key)
         shape = (case.size, *knowledge.image_shape)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         logits = torch.randn((case.size, knowledge.classes), generator=generator, dtype=torch.float64)
@@ -285,7 +257,7 @@ class _Case:
     best: float = float("inf")
     images: Tensor | None = None
     best_labels: Tensor | None = None
-    stop_reason: str = "diverged"
+    stop_reason: StopReason = StopReason.DIVERGED
     evaluations: int = 0
     seconds: float = 0.0
     starts: int = 0
@@ -303,17 +275,10 @@ class _Case:
 class _Results:
     """Collects finished cases into reconstructions and tells the caller."""
 
-    def __init__(
-        self,
-        observations: Sequence[Observation],
-        knowledge: Knowledge,
-        on_result: Callable[[int, Reconstruction], None] | None,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> None:
+    def __init__(self, observations: Sequence[Observation], knowledge: Knowledge, run: Run) -> None:
         self.observations = observations
         self.knowledge = knowledge
-        self.on_result = on_result
-        self.on_progress = on_progress
+        self.run = run
         self.reconstructions: dict[int, Reconstruction] = {}
         self.cases: list[_Case] = []
         self.open: dict[int, list[_Case]] = {}
@@ -328,7 +293,7 @@ class _Results:
             self.open.setdefault(case.index, []).append(case)
         for index, observation in enumerate(self.observations):
             if index not in self.open:
-                size = (observation.batch_size or 1) * (1 if observation.per_sample else observation.local_steps or 1)
+                size = observation.training.samples or 1
                 images = torch.full((size, *self.knowledge.image_shape), 0.5)
                 labels = torch.zeros(size, dtype=torch.long)
                 self._tell(index, images, labels, float("nan"), 0, 0.0, observation.error or "empty", 0)
@@ -342,7 +307,7 @@ class _Results:
             return
         images = torch.cat([c.images if c.images is not None else self._grey(c) for c in cases])
         labels = torch.cat([c.best_labels if c.best_labels is not None else self._guess(c) for c in cases])
-        worst = max(cases, key=lambda c: (REASONS.index(c.stop_reason) != 1, c.best))
+        worst = max(cases, key=lambda c: (c.stop_reason != StopReason.CONVERGED, c.best))
         details = dict(cases[0].details) if len(cases) == 1 else {}
         self._tell(
             case.index,
@@ -393,22 +358,22 @@ class _Results:
             snapshots=snapshots or [],
             details=dict(details or {}),
         )
-        if self.on_result is not None:
-            self.on_result(index, result)
+        if self.run.on_result is not None:
+            self.run.on_result(index, result)
 
     def progress(self, running: Callable[[], list[float]]) -> None:
         """Tell the caller, at most five times a second; `running` gives the best objectives of running problems."""
         now = time.perf_counter()
-        if self.on_progress is None or now - self.told < 0.2:
+        if self.run.on_progress is None or now - self.told < 0.2:
             return
         self.told = now
         values = [case.best for case in self.done] + running()
-        self.on_progress(
+        self.run.on_progress(
             Progress(
                 problems=len(self.cases),
                 done=len(self.done),
-                converged=sum(case.stop_reason == "converged" for case in self.done),
-                diverged=sum(case.stop_reason == "diverged" for case in self.done),
+                converged=sum(case.stop_reason == StopReason.CONVERGED for case in self.done),
+                diverged=sum(case.stop_reason == StopReason.DIVERGED for case in self.done),
                 median_objective=float(np.median(values)) if values else float("nan"),
                 evaluations=self.evaluations,
                 evaluations_per_second=self.evaluations / (now - self.began),
@@ -652,9 +617,10 @@ class _Solver:
             assert start is not None
             self.running[slot] = None
             case, reason = start.case, REASONS[codes[slot]]
+            assert reason is not None
             case.evaluations += iteration - start.launched
             case.seconds += clock - start.clock
-            if reason != "diverged" and start.stage + 1 < len(self.config.anneal):
+            if reason != StopReason.DIVERGED and start.stage + 1 < len(self.config.anneal):
                 before = start.before + iteration - start.launched
                 queue.appendleft(replace(start, stage=start.stage + 1, point=points[place].clone(), before=before))
                 continue
@@ -672,7 +638,7 @@ class _Solver:
                     case.details["last_labels"] = " ".join(map(str, last.tolist()))
                 else:
                     case.best_labels = case.labels[start.candidate].cpu()
-            if reason == "converged" or case.attempt()[0] >= self.config.restarts:
+            if reason == StopReason.CONVERGED or case.attempt()[0] >= self.config.restarts:
                 self.results.finish(case)
             else:
                 queue.append(self._next(case))
@@ -699,11 +665,12 @@ def _side_by_side(samples: Sequence[Sequence[tuple[int, Tensor]]]) -> list[tuple
 
 
 def _groups(cases: list[_Case]) -> list[list[_Case]]:
-    """Cases that can be stacked: as many images, labels known or sought, the same layers' gradients in factors."""
-    groups: dict[tuple[int, bool, tuple[bool, ...]], list[_Case]] = {}
+    """Cases that can be stacked: as many images, labels known or sought, one mode, the layers' gradients in factors."""
+    groups: dict[tuple[Any, ...], list[_Case]] = {}
     for case in cases:
         factored = tuple(has_rank(g, case.size) for g in case.victim.update.values() if g.dim() == 2)
-        groups.setdefault((case.size, case.labels is None, factored), []).append(case)
+        mode = case.observation.training.training_mode
+        groups.setdefault((case.size, case.labels is None, mode, factored), []).append(case)
     return list(groups.values())
 
 
@@ -711,25 +678,8 @@ def _same_weights(victims: Sequence[Victim]) -> bool:
     """Whether all victims start from the same parameters and buffers."""
     first = victims[0]
     return all(
-        a is b or torch.equal(a, b)
-        for victim in victims[1:]
-        for mine, theirs in ((first.parameters, victim.parameters), (first.buffers, victim.buffers))
-        for a, b in ((mine[name], theirs[name]) for name in mine)
+        same_tensors(first.parameters, v.parameters) and same_tensors(first.buffers, v.buffers) for v in victims[1:]
     )
-
-
-def _labels_per_sample(gradient: dict[str, Tensor], guess: Tensor, classes: int) -> list[Tensor]:
-    """Which label of a sorted guess belongs to which sample, ``[1, 1]`` each.
-
-    A single sample's own class has the only negative row in the last layer's gradient (Zhao 2020).
-    """
-    last = [g for g in gradient.values() if g.dim() == 3 and g.shape[1] == classes]
-    labels = guess
-    if last:
-        rule = last[-1].sum(2).argmin(1).cpu()
-        if torch.equal(rule.sort().values, guess.cpu().sort().values):
-            labels = rule
-    return [label.reshape(1, 1) for label in labels]
 
 
 def free_memory(device: torch.device) -> int:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.inversion.objectives import Objective
-from fedleak.errors import UsageError
 
 Rows = dict[str, Tensor]
 """Tensors with the problems as their first dimension."""
@@ -205,16 +204,3 @@ def _activations(model: nn.Module, images_shape: Sequence[int]) -> int:
         for handle in handles:
             handle.remove()
     return total
-
-
-def check_update(model: nn.Module, victim: Victim, who: str) -> None:
-    """Raise `UsageError` unless `victim`'s update has the model's parameters in name and shape."""
-    for name, parameter in model.named_parameters():
-        for kind in ("parameters", "update"):
-            value = getattr(victim, kind).get(name)
-            if value is None or value.shape != parameter.shape:
-                found = "nothing" if value is None else list(value.shape)
-                raise UsageError(
-                    f"{who}: model has {name} {list(parameter.shape)}, the observation's {kind} {found}; "
-                    "attack it with the model it was trained with"
-                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, bias_gradient, scale_known
 from fedleak.attacks.labels.llg import greedy_counts
 
@@ -23,9 +23,9 @@ class Bias(CountInference):
     def __init__(self, confidence: float | None = None) -> None:
         self.confidence = confidence
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "bias")
         confidence = 1 / knowledge.classes if self.confidence is None else self.confidence
         impact = torch.full((len(evidence.totals),), confidence - 1, dtype=torch.float64) / evidence.totals
-        return greedy_counts(bias_gradient(evidence, knowledge, seed), impact, None, evidence.totals)
+        return greedy_counts(bias_gradient(evidence, knowledge, run.seed), impact, None, evidence.totals)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer, last_layer_gradients, where
 from fedleak.attacks.labels.probe import dummy_images, probe
 from fedleak.capture import Observation
@@ -67,11 +67,11 @@ class CountInference(LabelInference):
     needs: ClassVar[frozenset[str]] = frozenset({"batch_size"})
 
     @abstractmethod
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
 
     def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:
         """Infer the labels behind each observation; None for an observation that carries an error.
 
@@ -88,7 +88,7 @@ class CountInference(LabelInference):
         for start in range(0, len(usable), size):
             chunk = usable[start : start + size]
             evidence = collect([observations[index] for index in chunk], layer)
-            found = self.count(evidence, knowledge, seed=seed)
+            found = self.count(evidence, knowledge, run)
             for index, guess in zip(chunk, guesses_from(found, candidates), strict=True):
                 guesses[index] = guess
         return guesses
@@ -102,16 +102,23 @@ def collect(observations: Sequence[Observation], layer: LastLayer) -> Evidence:
 
 
 def label_total(observation: Observation) -> int:
-    """How many labels are behind an update: batch size × local steps (one where that is withheld)."""
-    if observation.batch_size is None:
+    """How many labels are behind an update: batch size × local steps of an epoch."""
+    training = observation.training
+    if training.batch_size is None:
         raise UsageError(
             f"the batch size of {where(observation)} is unknown and this label inference has to fill a batch; "
             "grant it with threat.batch_size=true"
         )
-    total = observation.batch_size * (observation.local_steps or 1)
+    if training.local_steps is None:
+        raise UsageError(
+            f"how many local steps are behind {where(observation)} is unknown and this label inference has to fill "
+            "them; grant it with threat.hyperparameters=true, or attack by `fedleak.attacks.Attack`, which assumes one "
+            "and says so"
+        )
+    total = training.batch_size * training.local_steps
     if total < 1:
         raise UsageError(
-            f"{where(observation)} claims batch size {observation.batch_size} × {observation.local_steps} local steps; "
+            f"{where(observation)} claims batch size {training.batch_size} × {training.local_steps} local steps; "
             "both must be at least 1"
         )
     return total

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, fill, scale_known
 from fedleak.attacks.labels.probe import Probe, dummy_images, probe
 from fedleak.attacks.labels.version1 import most_negative
+from fedleak.seeding import plain_generator
 
 
 def dummy_impact(found: Probe, batches: Tensor, labels: Tensor) -> Tensor:
@@ -40,11 +41,11 @@ class DummyBatches(CountInference):
         self.inputs = inputs
         self.batches = batches
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "dummy_batches")
-        found = probe(evidence.observations, evidence.layer, knowledge, dummy_images(knowledge, self.inputs, seed))
-        generator = torch.Generator().manual_seed(seed)
+        found = probe(evidence.observations, evidence.layer, knowledge, dummy_images(knowledge, self.inputs, run.seed))
+        generator = plain_generator(run.seed)
         shape = (self.batches, self.inputs)
         batches = torch.randint(self.inputs, shape, generator=generator)
         labels = torch.randint(knowledge.classes, shape, generator=generator)

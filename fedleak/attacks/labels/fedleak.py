@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.bias import Bias
 from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from, round_counts
 from fedleak.attacks.labels.idlg import sign_rule
@@ -22,6 +22,7 @@ from fedleak.attacks.labels.version1 import version1
 from fedleak.attacks.row_space import Found, imagined_atoms, project_features, row_space, search
 from fedleak.capture import Observation
 from fedleak.threads import one_thread
+from fedleak.training import LocalTraining
 
 
 class Fedleak(LabelInference):
@@ -45,7 +46,7 @@ class Fedleak(LabelInference):
         atoms: imagined atoms of the search.
         believed: residual up to which the search is believed.
         doubt: error of the counts, in labels, above which they are read again by a network (`read_shares`).
-        device: where the search computes, in float64.
+        device: where the search computes, in float64; None for where the attack does.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"batch_size"})
@@ -59,7 +60,7 @@ class Fedleak(LabelInference):
         atoms: int = 2000,
         believed: float = 0.05,
         doubt: float = 0.3,
-        device: str = "cpu",
+        device: str | None = None,
     ) -> None:
         self.largest = largest
         self.starts = starts
@@ -70,7 +71,7 @@ class Fedleak(LabelInference):
         self.device = device
 
     def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:
         """Infer the labels behind each observation; None for an observation that carries an error.
 
@@ -88,12 +89,12 @@ class Fedleak(LabelInference):
             chunk = usable[start : start + size]
             evidence = collect([observations[index] for index in chunk], layer)
             with one_thread():  # the search takes thousands of tiny steps
-                found = self._guess(evidence, knowledge, candidates, seed)
+                found = self._guess(evidence, knowledge, candidates, run)
             for index, guess in zip(chunk, found, strict=True):
                 guesses[index] = guess
         return guesses
 
-    def _guess(self, evidence: Evidence, knowledge: Knowledge, candidates: int, seed: int) -> list[LabelGuess]:
+    def _guess(self, evidence: Evidence, knowledge: Knowledge, candidates: int, run: Run) -> list[LabelGuess]:
         """The guess of each of N updates, by whichever way fits it."""
         single = evidence.totals == 1
         blind = torch.tensor([observation.scale is None for observation in evidence.observations]) & ~single
@@ -105,9 +106,9 @@ class Fedleak(LabelInference):
         rest = (~single & ~blind).nonzero()[:, 0].tolist()
         if rest:
             some = _part(evidence, rest)
-            posterior = _posterior(some, knowledge, seed)
-            found = self._search(some, posterior, knowledge, seed)
-            posterior = self._doubtful(some, posterior, set(found), knowledge, seed)
+            posterior = _posterior(some, knowledge, run)
+            found = self._search(some, posterior, knowledge, run)
+            posterior = self._doubtful(some, posterior, set(found), knowledge, run.seed)
             for k, (place, guess) in enumerate(zip(rest, guesses_from(posterior.counts, candidates), strict=True)):
                 guesses[place] = _merge(found[k], guess, candidates, evidence.layer.classes) if k in found else guess
         return [guesses[place] for place in range(len(evidence.totals))]
@@ -116,7 +117,7 @@ class Fedleak(LabelInference):
         self, evidence: Evidence, posterior: Posterior, done: set[int], knowledge: Knowledge, seed: int
     ) -> Posterior:
         """Read again, at greater cost, what simulation is unsure of and the search has not found."""
-        once = [(observation.local_steps or 1) == 1 for observation in evidence.observations]
+        once = [observation.training.single for observation in evidence.observations]
         places = [n for n, spread in enumerate(posterior.spread.tolist()) if spread > self.doubt and once[n]]
         places = [n for n in places if n not in done]
         if not places or evidence.layer.classes > 20:
@@ -126,42 +127,39 @@ class Fedleak(LabelInference):
         expected[places] = evidence.totals[places, None] * shares
         return Posterior(Counts(round_counts(expected, evidence.totals), expected), posterior.spread)
 
-    def _search(self, evidence: Evidence, posterior: Posterior, knowledge: Knowledge, seed: int) -> dict[int, Found]:
+    def _search(self, evidence: Evidence, posterior: Posterior, knowledge: Knowledge, run: Run) -> dict[int, Found]:
         """What row-space matching found, for the updates it applies to and is believed for."""
         layer = evidence.layer
         most = layer.classes - (1 if layer.bias else 2)
         gap = (posterior.counts.expected - posterior.counts.counts).abs().amax(dim=1)
         unsure = (0.5 - gap) < 6 * posterior.spread
         small = (evidence.totals <= min(most, layer.features, self.largest)) & unsure
-        once = torch.tensor([(observation.local_steps or 1) == 1 for observation in evidence.observations])
+        once = torch.tensor([observation.training.single for observation in evidence.observations])
         believed: dict[int, Found] = {}
         for size in evidence.totals[small & once].unique().tolist():
             places = (small & once & (evidence.totals == size)).nonzero()[:, 0].tolist()
             for start in range(0, len(places), 4):  # four at a time: memory
                 group = places[start : start + 4]
-                for place, found in zip(group, self._match(_part(evidence, group), knowledge, seed), strict=True):
+                for place, found in zip(group, self._match(_part(evidence, group), knowledge, run), strict=True):
                     if float(found.residual[0]) < self.believed:
                         believed[place] = found
         return believed
 
-    def _match(self, evidence: Evidence, knowledge: Knowledge, seed: int) -> list[Found]:
+    def _match(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> list[Found]:
         """Row-space matching of updates with the same batch size."""
         layer, held = evidence.layer, [observation.parameters for observation in evidence.observations]
-        head = torch.stack([parameters[layer.weight] for parameters in held]).double().to(self.device)
-        shift = (
-            torch.stack([parameters[layer.bias] for parameters in held]).double().to(self.device)
-            if layer.bias
-            else None
-        )
-        bias = evidence.bias.to(self.device) if evidence.bias is not None else None
-        space = row_space(evidence.weight.to(self.device), bias, head, shift, int(evidence.totals[0]))
+        device, seed = self.device or run.device, run.seed
+        head = torch.stack([parameters[layer.weight] for parameters in held]).double().to(device)
+        shift = torch.stack([parameters[layer.bias] for parameters in held]).double().to(device) if layer.bias else None
+        bias = evidence.bias.to(device) if evidence.bias is not None else None
+        space = row_space(evidence.weight.to(device), bias, head, shift, int(evidence.totals[0]))
 
         images = domain_images(knowledge, 8, 4, seed)
         labels = None
         if knowledge.auxiliary is not None:
             images, labels = auxiliary_images(knowledge, max(2, 1000 // layer.classes), seed, "fedleak")
         found = probe(evidence.observations, layer, knowledge, images)
-        features = found.features[found.which].double().to(self.device)
+        features = found.features[found.which].double().to(device)
         logits = features @ head.transpose(1, 2)
         if shift is not None:
             logits = logits + shift[:, None]
@@ -169,7 +167,7 @@ class Fedleak(LabelInference):
         real = project_features(space, features, logits)
         atoms, atom_labels = imagined_atoms(space, real.mean(dim=1), self.atoms, seed)
         if labels is not None:
-            atom_labels, order = torch.cat([atom_labels, labels.to(self.device)]).sort(stable=True)
+            atom_labels, order = torch.cat([atom_labels, labels.to(device)]).sort(stable=True)
             atoms = torch.cat([atoms, real], dim=1)[:, order]
         return search(
             space,
@@ -203,23 +201,23 @@ def _without_scale(evidence: Evidence) -> Counts:
     return version1(evidence.sums, evidence.totals)
 
 
-def _posterior(evidence: Evidence, knowledge: Knowledge, seed: int) -> Posterior:
+def _posterior(evidence: Evidence, knowledge: Knowledge, run: Run) -> Posterior:
     """Counts by simulation of a batch, or of the local steps; by iLRG where there are too many classes to simulate."""
     if evidence.layer.classes > 200:
-        counts = ILRG().count(evidence, knowledge, seed=seed)
+        counts = ILRG().count(evidence, knowledge, run)
         return Posterior(counts, torch.full((len(counts.counts),), torch.inf, dtype=torch.float64))
-    several = torch.tensor([(o.local_steps or 1) > 1 and o.lr is not None for o in evidence.observations])
+    several = torch.tensor([_simulated(o.training) for o in evidence.observations])
     expected = torch.zeros(evidence.sums.shape, dtype=torch.float64)
     spread = torch.zeros(len(expected), dtype=torch.float64)
     if not several.all():
         once = (~several).nonzero()[:, 0].tolist()
-        found = label_posterior(_part(evidence, once), knowledge, seed=seed)
+        found = label_posterior(_part(evidence, once), knowledge, seed=run.seed)
         expected[once], spread[once] = found.counts.expected, found.spread
     if several.any():
-        images, pool = inputs(knowledge, seed, per_class=80)
+        images, pool = inputs(knowledge, run.seed, per_class=80)
         places = several.nonzero()[:, 0].tolist()
         some = _part(evidence, places)
-        others = [method.count(some, knowledge, seed=seed).counts for method in (LLG(), Bias(), ILRG())]
+        others = [method.count(some, knowledge, run).counts for method in (LLG(), Bias(), ILRG())]
         rough = torch.stack([_without_scale(some).counts, *others], dim=1) / some.totals[:, None, None]
         for place, n in enumerate(places):
             bias = evidence.bias[n] if evidence.bias is not None else None
@@ -232,14 +230,19 @@ def _posterior(evidence: Evidence, knowledge: Knowledge, seed: int) -> Posterior
                 images,
                 pool,
                 rough[place],
-                seed=seed,
+                seed=run.seed,
             )
     return Posterior(Counts(round_counts(expected, evidence.totals), expected), spread)
 
 
+def _simulated(training: LocalTraining) -> bool:
+    """Whether `local_step_counts` can follow the client: several steps of plain SGD, its learning rate known."""
+    return not training.single and training.optimizer is not None and training.optimizer.plain
+
+
 def _rounding(observation: Observation, name: str) -> float:
     """Standard deviation of a gradient's entry that was recovered from the difference of two rounded weights."""
-    if observation.payload == "gradient" or not observation.scale:
+    if observation.training.payload == "gradient" or not observation.scale:
         return 0.0
     weights = observation.parameters[name]
     step = torch.finfo(weights.dtype).eps / 4

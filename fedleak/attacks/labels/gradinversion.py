@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence
 from fedleak.attacks.labels.version1 import most_negative
 
@@ -16,7 +16,7 @@ class GradInversion(CountInference):
     equally often, and the remainder goes to the classes with the smallest values.
     """
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         smallest = evidence.weight.amin(dim=2).double()
         classes = smallest.shape[1]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.last_layer import find_last_layer, last_layer_gradients, where
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
@@ -37,7 +37,7 @@ class IDLG(LabelInference):
     most_samples = 1
 
     def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:
         """One label for each observation; None for an observation that carries an error.
 
@@ -47,7 +47,8 @@ class IDLG(LabelInference):
         guesses: list[LabelGuess | None] = [None] * len(observations)
         usable = [index for index, observation in enumerate(observations) if observation.error is None]
         for index in usable:
-            samples = (observations[index].batch_size or 1) * (observations[index].local_steps or 1)
+            training = observations[index].training
+            samples = (training.batch_size or 1) * (training.local_steps or 1)  # at least so many
             if samples != 1:
                 raise UsageError(
                     f"attack/labels=idlg reads the label of a single sample, and {where(observations[index])} holds "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import (
     CountInference,
     Counts,
@@ -54,13 +54,13 @@ class ILRG(CountInference):
     estimated (`bias_gradient`).
     """
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "ilrg")
         layer, held = evidence.layer, [observation.parameters for observation in evidence.observations]
         head = torch.stack([parameters[layer.weight] for parameters in held])
         head_bias = torch.stack([parameters[layer.bias] for parameters in held]) if layer.bias else None
-        bias = bias_gradient(evidence, knowledge, seed)
+        bias = bias_gradient(evidence, knowledge, run.seed)
         confidences = class_confidences(evidence.weight, bias.to(head.dtype), head, head_bias)
         expected = solve_counts(confidences, bias, evidence.totals)
         return Counts(round_counts(expected, evidence.totals), expected)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.last_layer import where
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
@@ -19,7 +19,7 @@ class Known(LabelInference):
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
 
     def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:
         """The granted labels of each observation; None for an observation that carries an error."""
         return [None if observation.error is not None else _granted(observation) for observation in observations]

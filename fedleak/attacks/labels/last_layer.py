@@ -146,6 +146,6 @@ def _narrow(observation: Observation, layer: LastLayer) -> Observation:
 
 def _gradient(observation: Observation, layer: LastLayer) -> dict[str, Tensor]:
     gradient = _narrow(observation, layer).gradient()
-    if observation.per_sample:
+    if observation.training.per_sample:
         gradient = {name: value.mean(dim=0) for name, value in gradient.items()}
     return gradient

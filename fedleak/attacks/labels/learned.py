@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, bias_gradient, round_counts, scale_known
 from fedleak.attacks.labels.posterior import Pool, Samples, domain_images, readings, simulate, skewed_labels
 from fedleak.attacks.labels.probe import auxiliary_images, probe
@@ -31,16 +31,16 @@ class Learned(CountInference):
         self.batches = batches
         self.steps = steps
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "learned")
         layer = evidence.layer
         if knowledge.auxiliary is not None:
-            images, labels = auxiliary_images(knowledge, max(2, 200 // layer.classes), seed, "learned")
+            images, labels = auxiliary_images(knowledge, max(2, 200 // layer.classes), run.seed, "learned")
             pool = Pool(len(images), labels)
         else:
-            images, pool = domain_images(knowledge, 16, 12, seed), Pool(16 * 12, None, 16)
-        bias = bias_gradient(evidence, knowledge, seed)
+            images, pool = domain_images(knowledge, 16, 12, run.seed), Pool(16 * 12, None, 16)
+        bias = bias_gradient(evidence, knowledge, run.seed)
         expected = torch.zeros_like(bias)
         for total in evidence.totals.unique().tolist():
             places = (evidence.totals == total).nonzero()[:, 0].tolist()
@@ -51,8 +51,8 @@ class Learned(CountInference):
                 held = chosen[found.which.tolist().index(unit)].parameters
                 head, shift = held[layer.weight].double(), _shift(held, layer.bias, layer.classes)
                 family = Samples(found.features[unit].double(), found.probabilities[unit].double(), pool)
-                drawn = skewed_labels(layer.classes, self.batches, total, seed + unit)
-                values, truth, _ = simulate([family], [drawn], head, shift, seed + unit)
+                drawn = skewed_labels(layer.classes, self.batches, total, run.seed + unit)
+                values, truth, _ = simulate([family], [drawn], head, shift, run.seed + unit)
                 known.append(_per_class(values, layer.classes))
                 shares.append(truth)
             seen = []
@@ -64,7 +64,7 @@ class Learned(CountInference):
                 seen.append(_per_class(values, layer.classes))
             rows = torch.cat(known)
             expected[places] = total * train_and_read(
-                rows, torch.cat(shares), torch.ones(len(rows)), torch.cat(seen), steps=self.steps, seed=seed
+                rows, torch.cat(shares), torch.ones(len(rows)), torch.cat(seen), steps=self.steps, seed=run.seed
             )
         return Counts(round_counts(expected, evidence.totals), expected)
 

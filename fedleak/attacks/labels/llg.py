@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, fill
 from fedleak.attacks.labels.version1 import most_negative
 
@@ -31,7 +31,7 @@ def greedy_counts(gradients: Tensor, impact: Tensor, offset: Tensor | None, tota
 class LLG(CountInference):
     """Impact m = (Σ_{g < 0} g / B)(1 + 1/C) from the gradients alone (LLG, Wainakh et al. 2021). Needs `batch_size`."""
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         sums = evidence.sums
         impact = sums.clamp(max=0).sum(dim=1) / evidence.totals * (1 + 1 / sums.shape[1])

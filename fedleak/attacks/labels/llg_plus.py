@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, scale_known
 from fedleak.attacks.labels.llg import greedy_counts
 from fedleak.attacks.labels.llg_star import single_class_batches
@@ -25,10 +25,10 @@ class LLGPlus(CountInference):
     def __init__(self, per_class: int = 5) -> None:
         self.per_class = per_class
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "llg_plus")
-        images, labels = auxiliary_images(knowledge, self.per_class, seed, "llg_plus")
+        images, labels = auxiliary_images(knowledge, self.per_class, run.seed, "llg_plus")
         found = probe(evidence.observations, evidence.layer, knowledge, images)
         impact, offset = single_class_batches(found, labels)
         which = found.which

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, scale_known
 from fedleak.attacks.labels.llg import greedy_counts
 from fedleak.attacks.labels.probe import Probe, dummy_images, probe
@@ -47,10 +47,10 @@ class LLGStar(CountInference):
     def __init__(self, inputs: int = 16) -> None:
         self.inputs = inputs
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "llg_star")
-        found = probe(evidence.observations, evidence.layer, knowledge, dummy_images(knowledge, self.inputs, seed))
+        found = probe(evidence.observations, evidence.layer, knowledge, dummy_images(knowledge, self.inputs, run.seed))
         impact, offset = single_class_batches(found, None)
         which = found.which
         return greedy_counts(evidence.sums, impact[which] / evidence.totals, offset[which], evidence.totals)

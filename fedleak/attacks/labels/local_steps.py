@@ -22,7 +22,9 @@ from fedleak.attacks.labels.last_layer import LastLayer
 from fedleak.attacks.labels.posterior import Pool, near, regress, skewed_labels
 from fedleak.attacks.labels.probe import probe
 from fedleak.capture import Observation
-from fedleak.federation.local_update import local_update
+from fedleak.local_update import local_update
+from fedleak.seeding import global_draws, plain_generator
+from fedleak.training import LocalTraining, Tensors, unroll
 
 _CHUNK = 2**23
 """Numbers that a chunk of cheap simulations may hold."""
@@ -101,15 +103,16 @@ def local_step_counts(
         clients: cheap simulations of each of the two regressions.
         in_full: whole simulations of the last, fewer for large models.
     """
-    assert observation.batch_size is not None
-    assert observation.lr is not None
-    steps, lr = observation.local_steps or 1, observation.lr
-    total, classes = observation.batch_size * steps, layer.classes
+    training = observation.training
+    steps, lr, total, classes = training.steps, training.lr, training.samples, layer.classes
+    assert steps is not None
+    assert lr is not None
+    assert total is not None
     path = _path(observation, layer, knowledge, images, max(2, min(30, 600 // classes - 1)))
     size = sum(value.numel() for value in observation.parameters.values())
     in_full = max(4, min(in_full, int(in_full * 1e5 / size), int(in_full * 4e3 / total)))
     seen = path.readings(path.moments(weight, bias)[None], lr * steps)
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     share = error = torch.ones(())
     base = torch.zeros(classes, dtype=torch.int64)
     for last in (False, True):
@@ -121,7 +124,7 @@ def local_step_counts(
                 drawn = skewed_labels(classes, clients // 2, total, seed + place)
             drawn = drawn.gather(1, torch.rand(drawn.shape, generator=generator).argsort(dim=1))
             pick = index[part.draw(drawn, generator)]
-            moments = _cheap(path, pick, drawn, steps, lr)
+            moments = _cheap(path, pick, drawn, _sending_gradients(training))
             few = slice(0, (in_full if last else max(4, in_full // 4)) // 2)
             off = _full(observation, layer, knowledge, path, images, pick[few], drawn[few], seed) - moments[few]
             noise = torch.randn(len(drawn), len(off), generator=generator, dtype=torch.float64) / len(off) ** 0.5
@@ -139,11 +142,14 @@ def local_step_counts(
 
 def _path(observation: Observation, layer: LastLayer, knowledge: Knowledge, images: Tensor, components: int) -> Path:
     """The features of `images` at both ends of a client's path, in the directions that matter."""
-    start, steps = observation.parameters, observation.local_steps or 1
-    end = observation.update
-    if observation.payload == "gradient":
-        end = {name: value - observation.lr * observation.update[name] for name, value in start.items()}  # type: ignore[operator]
-    ends = [replace(observation, parameters=parameters, local_steps=1) for parameters in (start, end)]
+    start, training = observation.parameters, observation.training
+    steps, lr, end = training.steps, training.lr, observation.update
+    assert steps is not None
+    assert lr is not None
+    if training.payload == "gradient":
+        end = {name: value - lr * observation.update[name] for name, value in start.items()}
+    once = replace(training, local_steps=1, epochs=1)
+    ends = [replace(observation, parameters=parameters, training=once) for parameters in (start, end)]
     found = probe(ends, layer, knowledge, images)
     first, last = (found.features[unit].double() for unit in found.which.tolist())
     both = torch.cat([first, last])
@@ -176,9 +182,11 @@ def _likeliest(
     clients: int = 12,
 ) -> int:
     """Which of the counts ``[K, C]`` gives the readings `seen` ``[1, F]``, by `clients` whole simulations of each."""
-    generator = torch.Generator().manual_seed(seed)
-    assert observation.lr is not None
-    reach = observation.lr * (observation.local_steps or 1)
+    generator = plain_generator(seed)
+    training = observation.training
+    assert training.lr is not None
+    assert training.steps is not None
+    reach = training.lr * training.steps
     means, within = [], []
     for counts in guesses:
         drawn = torch.arange(len(counts)).repeat_interleave(counts).expand(clients, -1)
@@ -192,32 +200,37 @@ def _likeliest(
     return int(misfit.mean(dim=1).argmin())
 
 
-def _cheap(path: Path, pick: Tensor, labels: Tensor, steps: int, lr: float) -> Tensor:
+def _cheap(path: Path, pick: Tensor, labels: Tensor, training: LocalTraining) -> Tensor:
     """Mean gradients ``[J, C, q]`` of the last layer over the local steps of J clients, the body not being trained.
 
     Args:
         path: where the features come from.
         pick, labels: ``[J, T · B]``, inputs and labels, local step by local step.
-        steps: T.
-        lr: learning rate.
+        training: how the clients train, by plain SGD; they send gradients.
     """
+    assert training.steps is not None
+    assert training.local_steps is not None
     classes, width = path.head.shape
-    first, move = path.start.float(), (path.end - path.start).float() / steps
-    batch = pick.shape[1] // steps
+    first, move = path.start.float(), (path.end - path.start).float() / training.steps
+    batch = pick.shape[1] // training.local_steps
     size = max(1, _CHUNK // (classes * width + batch * (classes + width)))
     found = []
     for inputs, names in zip(pick.split(size), labels.split(size), strict=True):
-        head = path.head.float().expand(len(inputs), -1, -1)
-        whole = torch.zeros(head.shape)
-        for step in range(steps):
-            now = slice(step * batch, (step + 1) * batch)
+
+        def gradient_at(step: int, weights: Tensors, inputs: Tensor = inputs, names: Tensor = names) -> Tensors:
+            begin = step % (pick.shape[1] // batch) * batch
+            now = slice(begin, begin + batch)
             features = (first + step * move)[inputs[:, now]]
-            error = (features @ head.transpose(1, 2)).softmax(dim=2) - one_hot(names[:, now], classes)
-            gradient = error.transpose(1, 2) @ features / batch
-            whole += gradient
-            head = head - lr * gradient
-        found.append(whole.double() / steps)
+            error = (features @ weights["head"].transpose(1, 2)).softmax(dim=2) - one_hot(names[:, now], classes)
+            return {"head": error.transpose(1, 2) @ features / batch}
+
+        head = path.head.float().expand(len(inputs), -1, -1)
+        found.append(unroll(gradient_at, {"head": head}, training)["head"].double() / training.steps)
     return torch.cat(found)
+
+
+def _sending_gradients(training: LocalTraining) -> LocalTraining:
+    return replace(training, payload="gradient")
 
 
 def _full(
@@ -231,11 +244,11 @@ def _full(
     seed: int,
 ) -> Tensor:
     """What `_cheap` returns, by training the whole model as the client did."""
-    steps = observation.local_steps or 1
+    training = _sending_gradients(observation.training)
+    assert training.steps is not None
     dtype = observation.parameters[layer.weight].dtype
     found = []
-    with torch.random.fork_rng(devices=[]):  # dropout draws from torch's global state
-        torch.manual_seed(seed)
+    with global_draws(seed):  # dropout draws from torch's global state
         for inputs, names in zip(pick, labels, strict=True):
             update = local_update(
                 knowledge.model,
@@ -243,10 +256,8 @@ def _full(
                 observation.start_buffers,
                 images[inputs].to(dtype),
                 names,
-                local_steps=steps,
-                lr=observation.lr,  # type: ignore[arg-type]
-                payload="gradient",
-                training_mode=knowledge.training_mode,
+                training,
             ).update
-            found.append(path.moments(update[layer.weight], update[layer.bias] if layer.bias else None) / steps)
+            bias = update[layer.bias] if layer.bias else None
+            found.append(path.moments(update[layer.weight], bias) / training.steps)
     return torch.stack(found)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.last_layer import find_last_layer, last_layer_gradients, per_sample_gradients, where
 from fedleak.capture import Observation
@@ -20,7 +20,7 @@ class PerSample(LabelInference):
     needs: ClassVar[frozenset[str]] = frozenset({"per_sample_gradients"})
 
     def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, *, candidates: int = 1, seed: int = 0
+        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:
         """The labels of each observation's samples; None for an observation that carries an error.
 
@@ -34,7 +34,7 @@ class PerSample(LabelInference):
         layer = find_last_layer(knowledge)
         for index in usable:
             observation = observations[index]
-            if not observation.per_sample:
+            if not observation.training.per_sample:
                 raise UsageError(
                     f"attack/labels=per_sample needs the gradient of each sample, and {where(observation)} is one for "
                     "the whole batch; grant threat.per_sample_gradients=true, or choose attack/labels=fedleak"

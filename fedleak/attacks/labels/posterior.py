@@ -19,6 +19,7 @@ from fedleak.attacks.base import Knowledge
 from fedleak.attacks.labels.counting import Counts, Evidence, bias_gradient, round_counts
 from fedleak.attacks.labels.ilrg import solve_counts
 from fedleak.attacks.labels.probe import auxiliary_images, probe
+from fedleak.seeding import numpy_generator, plain_generator
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def domain_images(knowledge: Knowledge, domains: int, size: int, seed: int) -> T
     What a client's images are like is not known, and a batch's mean probability moves with it: a regression over many
     kinds of images learns to read the kind off the gradient too.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     channels, height, width = knowledge.image_shape
     images = []
     for domain in range(domains):
@@ -218,7 +219,7 @@ def simulate(
 def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int, seed: int) -> Samples:
     """Features with such logits as a trained model gives, nearest to the mean of `features`: log-odds of the label
     uniformly from -2 to 11, other logits normal. Shapes as in `Samples`; head ``[C, d]``, shift ``[C]``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     classes = len(shift)
     labels = torch.randint(classes, (count,), generator=generator)
     width = 1 + 2 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
@@ -235,7 +236,7 @@ def imagined_features(features: Tensor, head: Tensor, shift: Tensor, count: int,
 
 def skewed_labels(classes: int, count: int, size: int, seed: int) -> Tensor:
     """``[J, B]`` labels of batches of every skew: class shares Dirichlet(α), α from 0.1 to 100."""
-    generator = np.random.default_rng(seed)
+    generator = numpy_generator(seed)
     skew = 10 ** generator.uniform(-1, 2, size=(count, 1))
     weights = generator.standard_gamma(np.broadcast_to(skew, (count, classes))) + 1e-12
     steps = (weights / weights.sum(axis=1, keepdims=True)).cumsum(axis=1)
@@ -245,7 +246,7 @@ def skewed_labels(classes: int, count: int, size: int, seed: int) -> Tensor:
 
 def near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
     """``[J, B]`` labels of batches that have `counts` ``[C]`` but for some random changes, about `spread` a class."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     classes, total = len(counts), int(counts.sum())
     labels = torch.arange(classes).repeat_interleave(counts).expand(batches, -1)
     share = (4 * classes * float(spread) ** 2 + 2) / total
@@ -256,7 +257,7 @@ def near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
 def _errors(family: Samples, drawn: Tensor, seed: int) -> Tensor:
     """``[J, C, M]``: how often input m is in batch j, times its p, minus how often with label c."""
     inputs, classes = family.probabilities.shape
-    pick = family.pool.draw(drawn, torch.Generator().manual_seed(seed))
+    pick = family.pool.draw(drawn, plain_generator(seed))
     counts = torch.zeros(len(drawn), classes * inputs, dtype=torch.float64)
     counts.scatter_add_(1, drawn * inputs + pick, torch.ones(drawn.shape, dtype=torch.float64))
     counts = counts.view(len(drawn), classes, inputs)

@@ -14,6 +14,7 @@ from fedleak.attacks.base import Knowledge
 from fedleak.attacks.labels.last_layer import LastLayer
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
+from fedleak.seeding import plain_generator
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Probe:
 
 def dummy_images(knowledge: Knowledge, count: int, seed: int) -> Tensor:
     """``[count, C, H, W]`` uniform noise in [0, 1]: what an attacker without any data can feed a model."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     return torch.rand((count, *knowledge.image_shape), generator=generator)
 
 
@@ -54,7 +55,7 @@ def auxiliary_images(knowledge: Knowledge, per_class: int, seed: int, who: str) 
             "or choose attack/labels=fedleak"
         )
     images, labels = knowledge.auxiliary
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=plain_generator(seed))
     keep = [order[labels[order] == label][:per_class] for label in range(knowledge.classes)]
     index = torch.cat(keep)
     return images[index], labels[index].long()
@@ -64,27 +65,28 @@ def probe(observations: Sequence[Observation], layer: LastLayer, knowledge: Know
     """Run `images` through the model of every observation; observations of one model share one run.
 
     Where a client took several local steps the model is taken halfway between the parameters it started from and
-    those it ended with, if these are known. BatchNorm follows `knowledge.training_mode`; dropout is off.
+    those it ended with, if these are known. BatchNorm runs in the mode of their
+    clients; dropout is off.
     """
     networks, which = _distinct([_midpoint(observation) for observation in observations])
-    buffers = [observations[which.index(unit)].start_buffers for unit in range(len(networks))]
+    firsts = [observations[which.index(unit)] for unit in range(len(networks))]
     model = copy.deepcopy(knowledge.model).to("cpu")
-    model.train(knowledge.training_mode)
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
     target = model.get_submodule(layer.name)
     images = images.to(networks[0][layer.weight].dtype)
     caught: list[Tensor] = []
     target.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
 
-    def features(parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Tensor:
+    def features(parameters: Mapping[str, Tensor], observation: Observation) -> Tensor:
+        model.train(observation.training.training_mode)
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.eval()
+        state = {name: value.clone() for name, value in observation.start_buffers.items()}
         functional_call(model, {**parameters, **state}, (images,))
         return caught.pop()
 
     with torch.no_grad():  # a plain loop: on a CPU it is faster than vmap's grouped convolutions
-        copies = [{name: value.clone() for name, value in state.items()} for state in buffers]
-        rows = [features(net, state) for net, state in zip(networks, copies, strict=True)]
+        rows = [features(network, first) for network, first in zip(networks, firsts, strict=True)]
         hidden = torch.stack(rows)
         logits = hidden @ torch.stack([net[layer.weight] for net in networks]).transpose(1, 2)
         if layer.bias:
@@ -94,13 +96,13 @@ def probe(observations: Sequence[Observation], layer: LastLayer, knowledge: Know
 
 def _midpoint(observation: Observation) -> Mapping[str, Tensor]:
     """Parameters halfway through the client's local steps; its start where there is one step or the end is unknown."""
-    start, steps = observation.parameters, observation.local_steps or 1
-    if steps == 1:
+    start, training = observation.parameters, observation.training
+    if training.single:
         return start
-    if observation.payload == "weights":
+    if training.payload == "weights":
         return {name: (value + observation.update[name]) / 2 for name, value in start.items()}
-    if observation.lr is not None:  # the update is the sum of the steps' gradients
-        return {name: value - observation.lr / 2 * observation.update[name] for name, value in start.items()}
+    if training.lr is not None:  # the update is the sum of the steps' gradients
+        return {name: value - training.lr / 2 * observation.update[name] for name, value in start.items()}
     return start
 
 

@@ -9,6 +9,7 @@ from fedleak.attacks.base import Knowledge
 from fedleak.attacks.labels.counting import Evidence
 from fedleak.attacks.labels.llg import greedy_counts
 from fedleak.attacks.labels.posterior import models, regress, simulate, skewed_labels
+from fedleak.seeding import global_draws, plain_generator
 
 
 class Reader(nn.Module):
@@ -54,12 +55,11 @@ def train_and_read(
     centre = known.mean(dim=(0, 1))
     spread = known.std(dim=(0, 1)).clamp(min=1e-30)
     known, seen = (((values - centre) / spread).clamp(-5, 5).float() for values in (known, seen))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with global_draws(seed):
         reader = Reader(known.shape[2])
     optimizer = torch.optim.Adam(reader.parameters(), lr=4e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(seed)
+    generator = plain_generator(seed)
     for _ in range(steps):
         some = torch.multinomial(weight, min(batch, len(known)), replacement=True, generator=generator)
         optimizer.zero_grad()

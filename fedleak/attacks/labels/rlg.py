@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, fill
 from fedleak.attacks.labels.version1 import most_negative
 
@@ -51,7 +51,7 @@ class RLG(CountInference):
     the smallest g_c. From B = C − 1 on every class is separable; then the classes with negative g_c are taken.
     """
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         sums, totals = evidence.sums, evidence.totals
         found = separable_classes(evidence.weight, totals)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import CountInference, Counts, Evidence, fill
 from fedleak.errors import UsageError
 
@@ -46,6 +46,6 @@ def most_negative(values: Tensor, totals: Tensor) -> Tensor:
 class Version1(CountInference):
     """The founding study's predictor from the summed weight gradient of the last layer. Needs `batch_size`."""
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         return version1(evidence.sums, evidence.totals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, Run
 from fedleak.attacks.labels.counting import (
     CountInference,
     Counts,
@@ -41,9 +41,9 @@ class ZLG(CountInference):
     def __init__(self, inputs: int = 16) -> None:
         self.inputs = inputs
 
-    def count(self, evidence: Evidence, knowledge: Knowledge, *, seed: int) -> Counts:
+    def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
         scale_known(evidence, "zlg")
-        found = probe(evidence.observations, evidence.layer, knowledge, dummy_images(knowledge, self.inputs, seed))
+        found = probe(evidence.observations, evidence.layer, knowledge, dummy_images(knowledge, self.inputs, run.seed))
         mean = found.probabilities.mean(dim=1)[found.which]
-        return identity(mean, bias_gradient(evidence, knowledge, seed), evidence.totals)
+        return identity(mean, bias_gradient(evidence, knowledge, run.seed), evidence.totals)

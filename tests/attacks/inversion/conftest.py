@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedleak.attacks.base import Knowledge, LabelGuess
 from fedleak.capture import Observation
 from fedleak.models.lenet import LeNet
+from fedleak.training import LocalTraining
 
 SHAPE = (1, 8, 8)
 CLASSES = 5
@@ -38,7 +39,7 @@ def observe(
         client=client,
         parameters={name: value.detach().clone() for name, value in model.named_parameters()},
         update=dict(zip(names, gradients, strict=True)),
-        batch_size=len(labels),
+        training=LocalTraining(batch_size=len(labels), local_steps=1),
     )
 
 

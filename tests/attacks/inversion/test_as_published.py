@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedleak.attacks import Knowledge
+from fedleak.attacks.base import Run
 from fedleak.config import compose_config, plain
 from fedleak.instantiate import instantiate
 from fedleak.models import LeNet
@@ -39,7 +40,7 @@ def test_the_first_steps_are_those_of_the_published_code(observe, seed):
     starts = []
     first_point = inversion.first_point
     inversion.first_point = lambda *given: starts.append(first_point(*given)) or starts[-1]
-    [found] = inversion.invert([observation], [None], Knowledge(model, (1, 28, 28), 10))
+    [found] = inversion.invert([observation], [None], Knowledge(model, (1, 28, 28), 10), Run())
     image, logits = (part.float() for part in starts[0])
     expected = published(model, list(observation.gradient().values()), image, logits, budget)
     assert len(expected) == budget
@@ -50,5 +51,5 @@ def test_the_labels_of_the_last_step_are_kept_beside_those_of_the_best(observe):
     observation, _, labels = observe(batch_size=2)
     config = plain(compose_config(["attack=dlg", "attack/inversion=as_published", "attack.max_evaluations=20"]))
     inversion = instantiate(config["attack"]["inversion"], "inversion")
-    [found] = inversion.invert([observation], [None], Knowledge(LeNet((1, 28, 28), 10), (1, 28, 28), 10))
+    [found] = inversion.invert([observation], [None], Knowledge(LeNet((1, 28, 28), 10), (1, 28, 28), 10), Run())
     assert len(found.details["last_labels"].split()) == len(labels)

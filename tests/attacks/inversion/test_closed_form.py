@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Reconstruction
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.chain import Chain
 from fedleak.attacks.inversion.closed_form import Peeling, closed_form, last_delta
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.results import Reconstruction
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.models.lenet import LeNet
+from fedleak.training import SGD, LocalTraining
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
@@ -35,7 +37,8 @@ def observe(model: nn.Module, images: Tensor, labels: Tensor, client: int = 0) -
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(F.cross_entropy(model(images), labels), list(parameters.values()))
     start = {name: value.detach().clone() for name, value in parameters.items()}
-    return Observation(1, client, start, dict(zip(parameters, gradients, strict=True)), batch_size=len(images))
+    update = dict(zip(parameters, gradients, strict=True))
+    return Observation(1, client, start, update, LocalTraining(batch_size=len(images), local_steps=1))
 
 
 def victims(shape, classes, seeds, build=LeNet):
@@ -99,7 +102,7 @@ def test_the_image_is_the_true_one(shape, classes, build, limit):
     found = closed_form(observations, [None] * 5, knowledge)
     assert max(mse(x, truth) for x, truth in zip(found, images, strict=True)) < limit
     for result, seed, truth in zip(
-        Peeling().invert(observations, [None] * 5, knowledge), range(5), images, strict=True
+        Peeling().invert(observations, [None] * 5, knowledge, Run()), range(5), images, strict=True
     ):
         assert result.stop_reason == "converged"
         assert result.labels.tolist() == [seed % classes]
@@ -111,7 +114,7 @@ def test_the_image_is_the_true_one(shape, classes, build, limit):
 @pytest.mark.slow
 def test_cifar_shaped_images_are_the_true_ones():
     observations, images, knowledge = victims((3, 32, 32), 100, range(6))
-    results = Peeling().invert(observations, [None] * 6, knowledge)
+    results = Peeling().invert(observations, [None] * 6, knowledge, Run())
     assert all(result.stop_reason == "converged" for result in results)
     assert max(mse(r.images, x) for r, x in zip(results, images, strict=True)) < 1e-5
 
@@ -127,8 +130,9 @@ def test_batched_equals_one_at_a_time():
 def test_new_weights_are_read_as_their_gradient():
     observations, images, knowledge = victims((1, 16, 16), 10, range(2))
     lr = 0.05
+    training = LocalTraining("weights", 1, 1, optimizer=SGD(lr))
     sent = [
-        replace(o, update={n: o.parameters[n] - lr * g for n, g in o.update.items()}, payload="weights", lr=lr)
+        replace(o, update={n: o.parameters[n] - lr * g for n, g in o.update.items()}, training=training)
         for o in observations
     ]
     for found, truth in zip(closed_form(sent, [None] * 2, knowledge), images, strict=True):
@@ -141,8 +145,8 @@ def test_a_gradient_for_every_sample():
     labels = torch.tensor([7, 2, 7])
     each = [observe(model, x[None], y[None]) for x, y in zip(images, labels, strict=True)]
     update = {name: torch.stack([o.update[name] for o in each]) for name in each[0].update}
-    observation = replace(each[0], update=update, per_sample=True, batch_size=3)
-    (result,) = Peeling().invert([observation], [guess(2, 7, 7)], Knowledge(model, shape, 10))
+    observation = replace(each[0], update=update, training=LocalTraining("gradient", 3, 1, per_sample=True))
+    (result,) = Peeling().invert([observation], [guess(2, 7, 7)], Knowledge(model, shape, 10), Run())
     assert result.stop_reason == "converged"
     assert result.labels.tolist() == [7, 2, 7]
     assert mse(result.images, images) < 1e-6
@@ -150,8 +154,8 @@ def test_a_gradient_for_every_sample():
 
 def test_a_wrong_label_is_not_called_converged():
     observations, _, knowledge = victims((1, 16, 16), 10, [4])
-    (wrong,) = Peeling().invert(observations, [guess(5)], knowledge)
-    (right,) = Peeling().invert(observations, [guess(4)], knowledge)
+    (wrong,) = Peeling().invert(observations, [guess(5)], knowledge, Run())
+    (right,) = Peeling().invert(observations, [guess(4)], knowledge, Run())
     assert wrong.stop_reason == "stalled"
     assert right.stop_reason == "converged"
     assert wrong.objective > 1e3 * right.objective
@@ -164,7 +168,7 @@ def test_a_noise_update_is_not_called_converged_and_looks_like_nothing():
         replace(o, update={n: torch.randn(g.shape, generator=generator) for n, g in o.update.items()})
         for o in observations
     ]
-    for result, truth in zip(Peeling().invert(noise, [None] * 2, knowledge), images, strict=True):
+    for result, truth in zip(Peeling().invert(noise, [None] * 2, knowledge, Run()), images, strict=True):
         assert result.stop_reason == "stalled"
         assert mse(result.images, truth) > 1e-2
 
@@ -199,7 +203,7 @@ def test_a_broken_update_harms_no_other():
 def test_an_unusable_observation_says_why():
     observations, _, knowledge = victims((1, 16, 16), 10, range(2))
     bad = replace(observations[0], error="client crashed")
-    results = Peeling().invert([bad, observations[1]], [None, None], knowledge)
+    results = Peeling().invert([bad, observations[1]], [None, None], knowledge, Run())
     assert [r.stop_reason for r in results] == ["client crashed", "converged"]
     assert math.isnan(results[0].objective)
 
@@ -208,15 +212,15 @@ class Recorder(Inversion):
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def invert(self, observations, guesses, knowledge, *, device="cpu", seed=0, on_result=None, on_progress=None):
+    def invert(self, observations, guesses, knowledge, run):
         results = []
         for index, (observation, given) in enumerate(zip(observations, guesses, strict=True)):
             self.asked.append(observation.client)
-            size = observation.batch_size
+            size = observation.training.batch_size
             found = Reconstruction(
                 1, observation.client, torch.zeros(size, 1, 16, 16), given.best, 0.0, 1, 0.0, "budget"
             )
-            on_result(index, found)
+            run.on_result(index, found)
             results.append(found)
         return results
 
@@ -234,7 +238,7 @@ def test_what_is_not_solved_goes_to_the_fallback():
         [observations[0], six(images), observations[1], observations[2]],
         [guess(0), guess(*range(6)), guess(8), guess(2)],
         knowledge,
-        on_result=lambda index, result: seen.update({index: result}),
+        Run(on_result=lambda index, result: seen.update({index: result})),
     )
     assert fallback.asked == [9, 1]
     assert [r.client for r in results] == [0, 9, 1, 2]
@@ -252,6 +256,7 @@ def test_snapshots_lead_to_the_returned_images_or_there_are_none():
         [observations[0], six(images), replace(observations[1], update=noisy)],
         [guess(0), guess(*range(6)), guess(1)],
         knowledge,
+        Run(),
     )
     assert (found.details["method"], found.snapshots) == ("closed_form", [])
     assert [count for count, _ in matched.snapshots][:: len(matched.snapshots) - 1] == [1, 5]
@@ -265,23 +270,25 @@ def test_the_closer_image_is_kept_where_neither_converges():
     generator = torch.Generator().manual_seed(0)
     noisy = {n: g + 1e-3 * torch.randn(g.shape, generator=generator) for n, g in observations[0].update.items()}
     fallback = Recorder()  # black images, not converged
-    (result,) = Peeling(fallback).invert([replace(observations[0], update=noisy)], [guess(0)], knowledge)
+    (result,) = Peeling(fallback).invert([replace(observations[0], update=noisy)], [guess(0)], knowledge, Run())
     assert fallback.asked == [0]
     assert result.stop_reason == "stalled"
     assert result.images.max() > 0
-    (alone,) = Peeling().invert([replace(observations[0], update=noisy)], [guess(0)], knowledge)
+    (alone,) = Peeling().invert([replace(observations[0], update=noisy)], [guess(0)], knowledge, Run())
     assert torch.equal(alone.images, result.images)
 
 
 def test_without_a_fallback_what_is_not_supported_is_refused():
     observations, images, knowledge = victims((1, 16, 16), 10, range(2))
     assert closed_form([six(images)], [guess(*range(6))], knowledge) == [None]
-    assert closed_form([replace(observations[0], local_steps=2)], [guess(0)], knowledge) == [None]
+    assert closed_form([replace(observations[0], training=LocalTraining("gradient", 1, 2))], [guess(0)], knowledge) == [
+        None
+    ]
     with pytest.raises(UsageError, match="batch_size=6"):
-        Peeling().invert([six(images)], [guess(*range(6))], knowledge)
+        Peeling().invert([six(images)], [guess(*range(6))], knowledge, Run())
     pooled = Knowledge(nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10)), (1, 16, 16), 10)
     with pytest.raises(UsageError, match="gradient_matching"):
-        Peeling().invert([observe(pooled.model, images[0], torch.tensor([1]))], [guess(1)], pooled)
+        Peeling().invert([observe(pooled.model, images[0], torch.tensor([1]))], [guess(1)], pooled, Run())
 
 
 def batch(shape, classes, labels, seed, build=LeNet):
@@ -301,7 +308,7 @@ def batch(shape, classes, labels, seed, build=LeNet):
 def test_a_batch_that_is_determined_comes_back(shape, classes, labels, build, limit):
     pairs = [batch(shape, classes, labels, seed, build) for seed in range(2)]
     knowledge = Knowledge(build(shape, classes), shape, classes)
-    results = Peeling().invert([o for o, _ in pairs], [guess(*labels)] * 2, knowledge)
+    results = Peeling().invert([o for o, _ in pairs], [guess(*labels)] * 2, knowledge, Run())
     for result, (_, truth) in zip(results, pairs, strict=True):
         assert result.stop_reason == "converged"
         assert result.labels.tolist() == labels
@@ -313,7 +320,9 @@ def test_a_batch_that_is_determined_comes_back(shape, classes, labels, build, li
 
 def test_a_batch_with_a_wrong_label_is_not_called_converged():
     observation, _ = batch((1, 16, 16), 20, [3, 8], 0)
-    (result,) = Peeling().invert([observation], [guess(3, 9)], Knowledge(LeNet((1, 16, 16), 20), (1, 16, 16), 20))
+    (result,) = Peeling().invert(
+        [observation], [guess(3, 9)], Knowledge(LeNet((1, 16, 16), 20), (1, 16, 16), 20), Run()
+    )
     assert result.stop_reason == "stalled"
 
 
@@ -323,7 +332,7 @@ def test_batches_and_single_samples_go_together():
     one, single = batch(shape, classes, [7], 1)
     broken = replace(pair, update={n: torch.full_like(g, torch.nan) for n, g in pair.update.items()})
     knowledge = Knowledge(LeNet(shape, classes), shape, classes)
-    results = Peeling().invert([pair, one, broken], [guess(3, 8), guess(7), guess(3, 8)], knowledge)
+    results = Peeling().invert([pair, one, broken], [guess(3, 8), guess(7), guess(3, 8)], knowledge, Run())
     assert [r.stop_reason for r in results] == ["converged", "converged", "stalled"]
     assert mse(results[0].images, images) < 1e-3
     assert mse(results[1].images, single) < 1e-6

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedleak.attacks.base import LabelGuess, Progress, Reconstruction
+from fedleak.attacks.base import LabelGuess, Run
 from fedleak.attacks.inversion import (
     L2,
     LBFGS,
@@ -23,7 +23,10 @@ from fedleak.attacks.inversion import (
 )
 from fedleak.attacks.inversion.fast import ChainDistance
 from fedleak.attacks.inversion.gradient_matching import MOST_SNAPSHOTS
+from fedleak.attacks.problem import pose
+from fedleak.attacks.results import Progress, Reconstruction
 from fedleak.errors import UsageError
+from fedleak.training import SGD, LocalTraining
 
 
 def errors(results: list[Reconstruction], truth: torch.Tensor) -> torch.Tensor:
@@ -39,12 +42,21 @@ def same(left: list[Reconstruction], right: list[Reconstruction], atol: float = 
         assert abs(a.evaluations - b.evaluations) <= 2
 
 
+PER_SAMPLE = LocalTraining("gradient", 3, 1, per_sample=True)
+
+
+def case_of(config: GradientMatching, v, observation):
+    """What the solver makes of an observation."""
+    (problem,) = pose([observation], v.guesses[:1], v.knowledge)
+    return config._case(problem, observation, v.knowledge.image_shape, None)
+
+
 SHORT: dict[str, Any] = {"dtype": "float64", "max_evaluations": 30, "restarts": 1}
 
 
 def test_images_come_back(victims) -> None:
     v = victims(6)
-    results = GradientMatching(tolerance=1e-8).invert(v.observations, v.guesses, v.knowledge)
+    results = GradientMatching(tolerance=1e-8).invert(v.observations, v.guesses, v.knowledge, Run())
     assert [r.stop_reason for r in results] == ["converged"] * 6
     assert errors(results, v.images).max() < 1e-3
     assert all(r.images.dtype == torch.float32 and r.images.min() >= 0 and r.images.max() <= 1 for r in results)
@@ -55,20 +67,24 @@ def test_images_come_back(victims) -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_together_as_alone_and_in_chunks(victims, batch: int, shared: bool) -> None:
     v = victims(5, batch=batch, shared=shared, dtype=torch.float64)
-    together = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge)
+    together = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge, Run())
     alone = [
-        GradientMatching(**SHORT).invert([o], [g], v.knowledge)[0]
+        GradientMatching(**SHORT).invert([o], [g], v.knowledge, Run())[0]
         for o, g in zip(v.observations, v.guesses, strict=True)
     ]
     same(together, alone, atol=1e-6)
-    same(together, GradientMatching(chunk_size=2, **SHORT).invert(v.observations, v.guesses, v.knowledge), atol=1e-6)
+    same(
+        together,
+        GradientMatching(chunk_size=2, **SHORT).invert(v.observations, v.guesses, v.knowledge, Run()),
+        atol=1e-6,
+    )
     assert len({r.objective for r in together}) == 5  # five problems, not five times one
 
 
 def test_fast_and_general_path_agree(victims) -> None:
     v = victims(3, batch=2, dtype=torch.float64)
-    fast = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge)
-    same(fast, GradientMatching(general=True, **SHORT).invert(v.observations, v.guesses, v.knowledge))
+    fast = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge, Run())
+    same(fast, GradientMatching(general=True, **SHORT).invert(v.observations, v.guesses, v.knowledge, Run()))
 
 
 def test_recommended_settings_need_fewer_evaluations(victims) -> None:
@@ -81,8 +97,8 @@ def test_recommended_settings_need_fewer_evaluations(victims) -> None:
     v = type(v)(4, shape=(3, 16, 16), images=v.images)
     config: dict[str, Any] = {"objective": L2(relative=True), "restarts": 1, "tolerance": 1e-5}
     quick = GradientMatching(start="grey", smoothness=1.0, optimizer=LBFGS(max_step=0.5), **config)
-    results = quick.invert(v.observations, v.guesses, v.knowledge)
-    papers = GradientMatching(**config).invert(v.observations, v.guesses, v.knowledge)
+    results = quick.invert(v.observations, v.guesses, v.knowledge, Run())
+    papers = GradientMatching(**config).invert(v.observations, v.guesses, v.knowledge, Run())
     assert all(r.stop_reason == "converged" for r in results)
     assert errors(results, v.images).max() < 1e-3
     assert sum(r.evaluations for r in results) < 0.5 * sum(r.evaluations for r in papers)
@@ -93,12 +109,12 @@ def test_recommended_settings_need_fewer_evaluations(victims) -> None:
 def test_a_broken_problem_changes_no_other(victims, poison: float, general: bool) -> None:
     v = victims(4, dtype=torch.float64)
     config = GradientMatching(max_evaluations=30, restarts=2, dtype="float64", general=general)
-    clean = config.invert(v.observations, v.guesses, v.knowledge)
+    clean = config.invert(v.observations, v.guesses, v.knowledge, Run())
     update = {name: value.clone() for name, value in v.observations[1].update.items()}
     update["fc.weight"][0, 0] = poison
     observations = list(v.observations)
     observations[1] = dataclasses.replace(observations[1], update=update)
-    broken = config.invert(observations, v.guesses, v.knowledge)
+    broken = config.invert(observations, v.guesses, v.knowledge, Run())
     for i in (0, 2, 3):
         torch.testing.assert_close(broken[i].images, clean[i].images, rtol=0, atol=1e-6)
         assert broken[i].stop_reason == clean[i].stop_reason
@@ -109,12 +125,12 @@ def test_a_broken_problem_changes_no_other(victims, poison: float, general: bool
 
 def test_results_depend_on_nothing_else_in_the_call(victims) -> None:
     v = victims(4, dtype=torch.float64)
-    forward = GradientMatching(start="uniform", **SHORT).invert(v.observations, v.guesses, v.knowledge, seed=3)
+    forward = GradientMatching(start="uniform", **SHORT).invert(v.observations, v.guesses, v.knowledge, Run(seed=3))
     backward = GradientMatching(start="uniform", **SHORT).invert(
-        v.observations[::-1], v.guesses[::-1], v.knowledge, seed=3
+        v.observations[::-1], v.guesses[::-1], v.knowledge, Run(seed=3)
     )
     same(forward, backward[::-1], atol=1e-6)
-    other = GradientMatching(start="uniform", **SHORT).invert(v.observations, v.guesses, v.knowledge, seed=4)
+    other = GradientMatching(start="uniform", **SHORT).invert(v.observations, v.guesses, v.knowledge, Run(seed=4))
     assert all(abs(a.objective / b.objective - 1) > 1e-3 for a, b in zip(forward, other, strict=True))
 
 
@@ -122,7 +138,7 @@ def test_stop_reasons(victims) -> None:
     v = victims(2)
 
     def reason(**settings: Any) -> Reconstruction:
-        return GradientMatching(restarts=1, **settings).invert(v.observations[:1], v.guesses[:1], v.knowledge)[0]
+        return GradientMatching(restarts=1, **settings).invert(v.observations[:1], v.guesses[:1], v.knowledge, Run())[0]
 
     budget = reason(max_evaluations=7)
     assert (budget.stop_reason, budget.evaluations) == ("budget", 7)
@@ -158,16 +174,16 @@ class Sabotage(Optimizer):
 def test_only_failed_starts_are_followed_by_another(victims) -> None:
     v = victims(1)
     result = GradientMatching(optimizer=Sabotage(bad=2 + 1), chunk_size=1, restarts=5).invert(
-        v.observations, v.guesses, v.knowledge
+        v.observations, v.guesses, v.knowledge, Run()
     )[0]  # the first call of init measures memory only where the chunk size is not given
     assert result.stop_reason == "converged"
     assert result.restarts == 4
     assert result.details["start"] == 3
     gave_up = GradientMatching(optimizer=Sabotage(bad=99), chunk_size=1, restarts=3).invert(
-        v.observations, v.guesses, v.knowledge
+        v.observations, v.guesses, v.knowledge, Run()
     )[0]
     assert (gave_up.stop_reason, gave_up.restarts, gave_up.evaluations) == ("diverged", 3, 6)
-    easy = GradientMatching(restarts=5).invert(v.observations, v.guesses, v.knowledge)[0]
+    easy = GradientMatching(restarts=5).invert(v.observations, v.guesses, v.knowledge, Run())[0]
     assert easy.restarts == 1
 
 
@@ -175,7 +191,7 @@ def test_restarts_begin_elsewhere(victims) -> None:
     v = victims(1)
     for start in ("normal", "uniform", "grey"):
         config = GradientMatching(start=start, restarts=3, max_evaluations=1)
-        solver_case = config._cases(0, v.observations[0], v.guesses[0], v.knowledge, None)[0]
+        solver_case = case_of(config, v, v.observations[0])
         points = [config.first_point(solver_case, attempt, v.knowledge, 0)[0] for attempt in range(3)]
         assert not torch.equal(points[0], points[1])
         assert not torch.equal(points[1], points[2])
@@ -185,7 +201,7 @@ def test_restarts_begin_elsewhere(victims) -> None:
 
 def test_joint_labels_are_the_optimised_ones(victims) -> None:
     v = victims(6, classes=8)
-    results = GradientMatching(restarts=6, max_evaluations=1500).invert(v.observations, [None] * 6, v.knowledge)
+    results = GradientMatching(restarts=6, max_evaluations=1500).invert(v.observations, [None] * 6, v.knowledge, Run())
     assert [r.stop_reason for r in results] == ["converged"] * 6
     assert torch.equal(torch.stack([r.labels for r in results]), v.labels)
     assert errors(results, v.images).max() < 1e-3
@@ -196,11 +212,11 @@ def test_label_candidates_are_tried_and_the_best_kept(victims) -> None:
     wrong = [torch.stack([(y + 1) % 5, (y + 2) % 5, y]) for y in v.labels]
     guesses = [LabelGuess(labels, torch.ones(3)) for labels in wrong]
     results = GradientMatching(candidates=3, restarts=1, max_evaluations=600).invert(
-        v.observations, guesses, v.knowledge
+        v.observations, guesses, v.knowledge, Run()
     )
     assert torch.equal(torch.stack([r.labels for r in results]), v.labels)
     assert [r.details["candidate"] for r in results] == [2, 2, 2]
-    first_only = GradientMatching(restarts=1, max_evaluations=200).invert(v.observations, guesses, v.knowledge)
+    first_only = GradientMatching(restarts=1, max_evaluations=200).invert(v.observations, guesses, v.knowledge, Run())
     assert all(a.objective > 100 * b.objective for a, b in zip(first_only, results, strict=True))
 
 
@@ -210,9 +226,9 @@ def test_gradients_of_single_samples(victims) -> None:
     parts = [victims.observe(model, x[None], y[None]).update for x, y in zip(v.images[0], v.labels[0], strict=True)]
     shuffle = [2, 0, 1]  # the guess is sorted, the samples are not
     update = {name: torch.stack([parts[i][name] for i in shuffle]) for name in parts[0]}
-    observation = dataclasses.replace(v.observations[0], update=update, per_sample=True)
+    observation = dataclasses.replace(v.observations[0], update=update, training=PER_SAMPLE)
     for guess in (v.guesses[0], None):
-        (result,) = GradientMatching(restarts=4).invert([observation], [guess], v.knowledge)
+        (result,) = GradientMatching(restarts=4).invert([observation], [guess], v.knowledge, Run())
         assert result.stop_reason == "converged"
         assert torch.equal(result.labels, v.labels[0][shuffle])
         assert errors([result], v.images[:, shuffle]).max() < 1e-3
@@ -224,16 +240,14 @@ def test_new_weights_are_read_as_the_gradient_they_stand_for(victims) -> None:
     weights = [
         dataclasses.replace(
             o,
-            payload="weights",
-            lr=lr,
-            local_steps=steps,
+            training=LocalTraining("weights", 1, steps, optimizer=SGD(lr)),
             update={name: o.parameters[name] - lr * steps * value for name, value in o.update.items()},
         )
         for o in v.observations
     ]
     same(
-        GradientMatching(**SHORT).invert(weights, v.guesses, v.knowledge),
-        GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge),
+        GradientMatching(**SHORT).invert(weights, v.guesses, v.knowledge, Run()),
+        GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge, Run()),
     )
 
 
@@ -246,8 +260,7 @@ def test_results_come_as_they_finish(victims) -> None:
         observations,
         v.guesses,
         v.knowledge,
-        on_result=lambda index, result: events.append((index, len(events))),
-        on_progress=seen.append,
+        Run(on_result=lambda index, result: events.append((index, len(events))), on_progress=seen.append),
     )
     assert sorted(index for index, _ in events) == [0, 1, 2, 3]
     assert events[0] == (0, 0)  # what cannot be attacked is said at once
@@ -270,13 +283,13 @@ def test_results_come_as_they_finish(victims) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        GradientMatching(chunk_size=1).invert(v.observations, v.guesses, v.knowledge, on_result=keep_two)
+        GradientMatching(chunk_size=1).invert(v.observations, v.guesses, v.knowledge, Run(on_result=keep_two))
     assert all(r.stop_reason == "converged" for r in kept.values())
 
 
 def test_out_of_memory_halves_the_chunk_and_goes_on(victims, monkeypatch: pytest.MonkeyPatch) -> None:
     v = victims(5, dtype=torch.float64)
-    wanted = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge)
+    wanted = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge, Run())
     sizes: list[int] = []
     evaluate = ChainDistance.evaluate
 
@@ -287,7 +300,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(victims, monkeypatch: pytest
         return evaluate(self, rows, images, labels, **options)
 
     monkeypatch.setattr(ChainDistance, "evaluate", small)
-    found = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge)
+    found = GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge, Run())
     same(found, wanted)
     assert sizes[0] == 5
     assert max(sizes[1:]) == 2
@@ -297,7 +310,7 @@ def test_out_of_memory_halves_the_chunk_and_goes_on(victims, monkeypatch: pytest
 
     monkeypatch.setattr(ChainDistance, "evaluate", never)
     with pytest.raises(torch.OutOfMemoryError):
-        GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge)
+        GradientMatching(**SHORT).invert(v.observations, v.guesses, v.knowledge, Run())
 
 
 def test_trace_and_best_iterate(victims) -> None:
@@ -305,7 +318,7 @@ def test_trace_and_best_iterate(victims) -> None:
     config = GradientMatching(
         trace_every=10, max_evaluations=95, tolerance=0.0, restarts=1, start="grey", optimizer=LBFGS(max_step=0.5)
     )
-    results = config.invert(v.observations, v.guesses, v.knowledge)
+    results = config.invert(v.observations, v.guesses, v.knowledge, Run())
     for r in results:
         assert r.evaluations == 95
         assert [step for step, _ in r.trace] == list(range(10, r.evaluations + 1, 10))
@@ -317,8 +330,8 @@ def test_snapshots_lead_from_the_start_to_the_returned_images_and_change_nothing
     v = victims(3, batch=2)
     settings: dict[str, Any] = {"max_evaluations": 700, "tolerance": 1e-5, "restarts": 2}
     config = GradientMatching(trace_every=10, **settings)
-    results = config.invert(v.observations, v.guesses, v.knowledge)
-    plain = GradientMatching(**settings).invert(v.observations, v.guesses, v.knowledge)
+    results = config.invert(v.observations, v.guesses, v.knowledge, Run())
+    plain = GradientMatching(**settings).invert(v.observations, v.guesses, v.knowledge, Run())
     for r, p, o in zip(results, plain, v.observations, strict=True):
         assert torch.equal(r.images, p.images)
         assert (r.objective, r.evaluations, r.stop_reason) == (p.objective, p.evaluations, p.stop_reason)
@@ -327,7 +340,7 @@ def test_snapshots_lead_from_the_start_to_the_returned_images_and_change_nothing
         assert len(counts) <= MOST_SNAPSHOTS
         assert counts == sorted(set(counts))
         assert counts[-1] == r.evaluations if r.restarts == 1 else counts[-1] < r.evaluations
-        case = config._cases(0, o, v.guesses[0], v.knowledge, None)[0]
+        case = case_of(config, v, o)
         start = config.first_point(case, r.details["start"], v.knowledge, 0)[0]
         assert counts[0] == 1
         torch.testing.assert_close(r.snapshots[0][1], start.clamp(0, 1).half(), rtol=0, atol=1e-3)
@@ -342,7 +355,7 @@ def test_many_evaluations_leave_few_snapshots_spread_over_all_of_them(victims) -
     config = GradientMatching(
         trace_every=1, restarts=1, max_evaluations=600, tolerance=0.0, optimizer=Adam(lr=0.003), patience=10**9
     )
-    (result,) = config.invert(v.observations, v.guesses, v.knowledge)
+    (result,) = config.invert(v.observations, v.guesses, v.knowledge, Run())
     counts = [count for count, _ in result.snapshots]
     assert (counts[0], counts[-1], len(counts)) == (1, 600, MOST_SNAPSHOTS)
     assert all(1 < b / a < 5 for a, b in pairwise(counts[1:]))
@@ -352,7 +365,7 @@ def test_many_evaluations_leave_few_snapshots_spread_over_all_of_them(victims) -
 def test_images_that_do_not_move_need_no_snapshots_between(victims) -> None:
     v = victims(1)
     config = GradientMatching(trace_every=1, restarts=1, max_evaluations=50, tolerance=0.0, optimizer=Adam(lr=0.0))
-    (result,) = config.invert(v.observations, v.guesses, v.knowledge)
+    (result,) = config.invert(v.observations, v.guesses, v.knowledge, Run())
     assert [count for count, _ in result.snapshots] == [1, 50]
 
 
@@ -363,8 +376,8 @@ def test_snapshots_of_single_samples_stand_side_by_side(victims) -> None:
         for x, y in zip(v.images[0], v.labels[0], strict=True)
     ]
     update = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    observation = dataclasses.replace(v.observations[0], update=update, per_sample=True)
-    (result,) = GradientMatching(restarts=4, trace_every=10).invert([observation], v.guesses, v.knowledge)
+    observation = dataclasses.replace(v.observations[0], update=update, training=PER_SAMPLE)
+    (result,) = GradientMatching(restarts=4, trace_every=10).invert([observation], v.guesses, v.knowledge, Run())
     assert result.stop_reason == "converged"
     assert all(images.shape == (2, 1, 8, 8) for _, images in result.snapshots)
     assert torch.equal(result.snapshots[-1][1], result.images.half())
@@ -374,7 +387,7 @@ def test_snapshots_of_single_samples_stand_side_by_side(victims) -> None:
 def test_what_memory_interrupted_is_followed_from_its_beginning(victims, monkeypatch: pytest.MonkeyPatch) -> None:
     v = victims(3, dtype=torch.float64)
     config = GradientMatching(trace_every=4, **SHORT)
-    wanted = config.invert(v.observations, v.guesses, v.knowledge)
+    wanted = config.invert(v.observations, v.guesses, v.knowledge, Run())
     evaluate, calls = ChainDistance.evaluate, 0
 
     def once(self, rows, images, labels, **options):  # type: ignore[no-untyped-def]
@@ -385,7 +398,7 @@ def test_what_memory_interrupted_is_followed_from_its_beginning(victims, monkeyp
         return evaluate(self, rows, images, labels, **options)
 
     monkeypatch.setattr(ChainDistance, "evaluate", once)
-    found = config.invert(v.observations, v.guesses, v.knowledge)
+    found = config.invert(v.observations, v.guesses, v.knowledge, Run())
     same(found, wanted)
     for one, other in zip(found, wanted, strict=True):
         assert [count for count, _ in one.trace] == [count for count, _ in other.trace]
@@ -395,12 +408,16 @@ def test_what_memory_interrupted_is_followed_from_its_beginning(victims, monkeyp
 def test_first_images_may_come_from_elsewhere(victims) -> None:
     v = victims(2)
     known: list[Tensor | None] = [v.images[0], None]
-    results = GradientMatching(initial=lambda *_: known, tolerance=1e-7).invert(v.observations, v.guesses, v.knowledge)
+    results = GradientMatching(initial=lambda *_: known, tolerance=1e-7).invert(
+        v.observations, v.guesses, v.knowledge, Run()
+    )
     assert results[0].evaluations == 1
     assert results[0].objective < 1e-7
     assert results[1].evaluations > 10
     with pytest.raises(UsageError, match=r"initial.*\[1, 1, 8, 8\]"):
-        GradientMatching(initial=lambda *_: [v.images[0, 0], None]).invert(v.observations, v.guesses, v.knowledge)
+        GradientMatching(initial=lambda *_: [v.images[0, 0], None]).invert(
+            v.observations, v.guesses, v.knowledge, Run()
+        )
 
 
 def test_signed_adam_with_cosine_and_prior_stays_in_the_box(victims) -> None:
@@ -415,15 +432,13 @@ def test_signed_adam_with_cosine_and_prior_stays_in_the_box(victims) -> None:
         trace_every=100,
         tolerance=1e-9,
     )
-    results = config.invert(v.observations, v.guesses, v.knowledge)
-    start = config.first_point(
-        config._cases(0, v.observations[0], v.guesses[0], v.knowledge, None)[0], 0, v.knowledge, 0
-    )
+    results = config.invert(v.observations, v.guesses, v.knowledge, Run())
+    start = config.first_point(case_of(config, v, v.observations[0]), 0, v.knowledge, 0)
     assert errors(results, v.images).max() < 0.1 * (start[0] - v.images[0]).square().mean()
     assert all(0 < r.objective < 0.05 for r in results)
     # The prior is part of what is reported.
     matched = GradientMatching(objective=Cosine(), initial=lambda *_: [r.images for r in results], max_evaluations=1)
-    bare = matched.invert(v.observations, v.guesses, v.knowledge)
+    bare = matched.invert(v.observations, v.guesses, v.knowledge, Run())
     assert all(r.objective > b.objective for r, b in zip(results, bare, strict=True))
 
 
@@ -433,14 +448,14 @@ def test_mistakes_are_named(victims) -> None:
         GradientMatching(start="gray")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="restarts=0"):
         GradientMatching(restarts=0)
-    blind = dataclasses.replace(v.observations[0], batch_size=None)
+    blind = dataclasses.replace(v.observations[0], training=LocalTraining(local_steps=1))
     with pytest.raises(UsageError, match="batch_size"):
-        GradientMatching().invert([blind], [None], v.knowledge)
+        GradientMatching().invert([blind], [None], v.knowledge, Run())
     other = dataclasses.replace(v.observations[0], update={"fc.weight": torch.zeros(2, 2)})
     with pytest.raises(UsageError, match="the model it was trained with"):
-        GradientMatching().invert([other], v.guesses, v.knowledge)
+        GradientMatching().invert([other], v.guesses, v.knowledge, Run())
     with pytest.raises(UsageError, match="1 observations but 0 label guesses"):
-        GradientMatching().invert(v.observations, [], v.knowledge)
+        GradientMatching().invert(v.observations, [], v.knowledge, Run())
 
 
 def test_annealed_priors_give_way_to_the_update(victims) -> None:
@@ -456,14 +471,14 @@ def test_annealed_priors_give_way_to_the_update(victims) -> None:
         "tolerance": 0.0,
     }
     prior = [SmoothTotalVariation(weight=1e-2)]
-    one = GradientMatching(priors=prior, **common).invert(v.observations, v.guesses, v.knowledge)
+    one = GradientMatching(priors=prior, **common).invert(v.observations, v.guesses, v.knowledge, Run())
     annealed = GradientMatching(priors=prior, anneal=(1.0, 0.1, 0.0), **common)
-    three = annealed.invert(v.observations, v.guesses, v.knowledge)
+    three = annealed.invert(v.observations, v.guesses, v.knowledge, Run())
     assert all(a.objective < 0.1 * b.objective for a, b in zip(three, one, strict=True))
     assert errors(three, v.images).mean() < 0.5 * errors(one, v.images).mean()
     assert [[step for step, _ in r.trace] for r in three] == [list(range(20, 181, 20))] * 3
     annealed.chunk_size = 2
-    same(annealed.invert(v.observations, v.guesses, v.knowledge), three, atol=1e-4)
+    same(annealed.invert(v.observations, v.guesses, v.knowledge, Run()), three, atol=1e-4)
     with pytest.raises(UsageError, match="anneal"):
         GradientMatching(priors=prior, anneal=())
 
@@ -496,12 +511,13 @@ def test_any_module_works(victims, training: bool, shared: bool) -> None:
         }
         model.load_state_dict(buffers, strict=False)
         observation = victims.observe(model, images, labels, client=i)
-        observations.append(dataclasses.replace(observation, start_buffers=buffers))
-    knowledge = dataclasses.replace(v.knowledge, model=Residual(), training_mode=training)
+        how = dataclasses.replace(observation.training, training_mode=training)
+        observations.append(dataclasses.replace(observation, start_buffers=buffers, training=how))
+    knowledge = dataclasses.replace(v.knowledge, model=Residual())
     config = GradientMatching(
         objective=L2(relative=True), start="grey", optimizer=LBFGS(max_step=0.5), restarts=1, max_evaluations=150
     )
-    results = config.invert(observations, v.guesses, knowledge)
+    results = config.invert(observations, v.guesses, knowledge, Run())
     assert all(r.objective < 1e-2 for r in results)
     truth = GradientMatching(objective=L2(relative=True), initial=lambda *_: list(v.images), max_evaluations=1)
-    assert all(r.objective < 1e-8 for r in truth.invert(observations, v.guesses, knowledge))
+    assert all(r.objective < 1e-8 for r in truth.invert(observations, v.guesses, knowledge, Run()))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedleak.attacks.base import Knowledge
 from fedleak.capture import Observation
 from fedleak.models.lenet import LeNet
+from fedleak.training import SGD, LocalTraining
 
 
 def client_observation(
@@ -23,6 +24,7 @@ def client_observation(
     steps: int = 1,
     lr: float = 0.1,
     grant_lr: bool = True,
+    training_mode: bool = True,
     **fields: object,
 ) -> Observation:
     """What a client sends that trains `steps` plain SGD steps on consecutive equal slices of the data."""
@@ -37,16 +39,15 @@ def client_observation(
                 value -= lr * gradient
                 total[name] += gradient
     update = total if payload == "gradient" else {k: v.detach().clone() for k, v in local.named_parameters()}
-    values = {
-        "round": 1,
-        "client": 0,
-        "parameters": start,
-        "update": update,
+    known = {
         "payload": payload,
         "batch_size": len(images) // steps,
-        "lr": lr if grant_lr else None,
+        "optimizer": SGD(lr) if grant_lr else None,
         "local_steps": steps,
+        "training_mode": training_mode,
     }
+    known |= {name: fields.pop(name) for name in set(known) & set(fields)}
+    values = {"round": 1, "client": 0, "parameters": start, "update": update, "training": LocalTraining(**known)}
     return Observation(**(values | fields))  # type: ignore[arg-type]
 
 

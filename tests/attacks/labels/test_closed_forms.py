@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from torch import nn
 
+from fedleak.attacks.base import Run
 from fedleak.attacks.labels import (
     ILRG,
     LLG,
@@ -220,7 +221,7 @@ def test_agrees_with_the_slow_reference(method, drawn_batches, observe, lenet, a
         observations.append(observe(model, *data, round=seed + 1))
         weight, bias = head_gradient(model, *data)
         expected.append(REFERENCES[method](model, attacker(model), weight, bias, len(labels)))
-    guesses = method().infer(observations, attacker(lenet(0, CLASSES).double()))
+    guesses = method().infer(observations, attacker(lenet(0, CLASSES).double()), Run())
     found = [guess.best.tolist() for guess in guesses]
     wrong = [k for k in range(len(found)) if found[k] != expected[k]]
     assert not wrong, [(drawn_batches[k], found[k], expected[k]) for k in wrong]
@@ -233,7 +234,7 @@ def test_one_step_of_fedavg_gives_the_labels_of_fedsgd(method, bias, observe, le
         model = lenet(seed, CLASSES, uniform=True, bias=bias).double()
         data = batch([0, 0, 1, 1, 1, 4, 2][: 3 + seed], seed)
         observations = [observe(model, *data, payload=payload) for payload in ("gradient", "weights")]
-        guesses = method().infer(observations, attacker(model), candidates=3)
+        guesses = method().infer(observations, attacker(model), Run(), candidates=3)
         assert torch.equal(guesses[0].labels, guesses[1].labels)
         assert guesses[0].labels.shape[1] == len(data[1])
 
@@ -243,7 +244,7 @@ def test_all_labels_of_several_local_steps(method, observe, lenet, attacker):
     model = lenet(5, CLASSES).double()
     data = batch([0, 0, 1, 4, 4, 4, 2, 3, 0], 5)
     observations = [observe(model, *data, payload=payload, steps=3) for payload in ("gradient", "weights")]
-    guesses = method().infer(observations, attacker(model))
+    guesses = method().infer(observations, attacker(model), Run())
     assert [guess.best.shape for guess in guesses] == [(9,), (9,)]
     assert torch.equal(guesses[0].best, guesses[1].best)
 
@@ -253,10 +254,14 @@ def test_an_error_is_passed_over_and_a_withheld_batch_size_refused(method, obser
     model = lenet(5, CLASSES).double()
     good = observe(model, *batch([0, 1, 1], 0))
     broken = observe(model, *batch([0, 1, 1], 0), error="NaN in the update")
-    assert [guess is None for guess in method().infer([broken, good, broken], attacker(model))] == [True, False, True]
+    assert [guess is None for guess in method().infer([broken, good, broken], attacker(model), Run())] == [
+        True,
+        False,
+        True,
+    ]
     assert "batch_size" in method.needs
     with pytest.raises(UsageError, match=r"threat\.batch_size=true"):
-        method().infer([observe(model, *batch([0, 1], 0), batch_size=None)], attacker(model))
+        method().infer([observe(model, *batch([0, 1], 0), batch_size=None)], attacker(model), Run())
 
 
 @pytest.mark.parametrize("method", [LLGStar, LLGPlus, Bias, ZLG, IdentityAux, ILRG, DummyBatches])
@@ -264,7 +269,7 @@ def test_methods_that_need_the_scale_say_so(method, observe, lenet, attacker):
     model = lenet(5, CLASSES).double()
     observation = observe(model, *batch([0, 1, 1], 0), payload="weights", grant_lr=False)
     with pytest.raises(UsageError, match=r"threat\.hyperparameters=true"):
-        method().infer([observation], attacker(model))
+        method().infer([observation], attacker(model), Run())
 
 
 @pytest.mark.parametrize("method", [LLGPlus, IdentityAux])
@@ -272,7 +277,7 @@ def test_methods_that_need_auxiliary_data_say_so(method, observe, lenet, knowing
     model = lenet(5, CLASSES).double()
     assert "auxiliary_data" in method.needs
     with pytest.raises(UsageError, match=r"threat\.auxiliary_data=true"):
-        method().infer([observe(model, *batch([0, 1, 1], 0))], knowing(model, CLASSES))
+        method().infer([observe(model, *batch([0, 1, 1], 0))], knowing(model, CLASSES), Run())
 
 
 def test_the_identity_is_exact_when_the_mean_probability_is(observe, lenet, knowing):
@@ -280,5 +285,5 @@ def test_the_identity_is_exact_when_the_mean_probability_is(observe, lenet, know
     model = lenet(3, CLASSES, uniform=True).double()
     images, labels = batch([0, 0, 0, 1, 3, 3, 4], 3)
     knowledge = knowing(model, CLASSES, auxiliary=(images, labels), threat=ThreatModel(auxiliary_data=True))
-    guess = IdentityAux(per_class=9).infer([observe(model, images, labels)], knowledge)[0]
+    guess = IdentityAux(per_class=9).infer([observe(model, images, labels)], knowledge, Run())[0]
     assert guess.best.tolist() == labels.tolist()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from fedleak.attacks.labels.counting import Counts, fill, guesses_from, label_total, round_counts
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
+from fedleak.training import LocalTraining
 
 VALUES = st.integers(1, 6).flatmap(lambda c: st.lists(st.floats(-3, 3, width=32), min_size=c, max_size=c))
 
@@ -83,9 +84,10 @@ def test_candidates_are_the_nearest_multisets_in_order(expected, total, candidat
 
 
 def test_labels_behind_an_update():
-    assert label_total(Observation(1, 0, {}, {}, batch_size=8, local_steps=10)) == 80
-    assert label_total(Observation(1, 0, {}, {}, batch_size=8)) == 8
+    assert label_total(Observation(1, 0, {}, {}, LocalTraining("gradient", 8, 10, 3))) == 80
+    with pytest.raises(UsageError, match=r"threat\.hyperparameters=true"):
+        label_total(Observation(1, 0, {}, {}, LocalTraining(batch_size=8)))
     with pytest.raises(UsageError, match=r"threat\.batch_size=true"):
         label_total(Observation(1, 0, {}, {}))
     with pytest.raises(UsageError, match="at least 1"):
-        label_total(Observation(1, 0, {}, {}, batch_size=0))
+        label_total(Observation(1, 0, {}, {}, LocalTraining("gradient", 0, 1)))

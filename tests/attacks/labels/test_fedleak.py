@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedleak.attacks.base import Run
 from fedleak.attacks.labels import Fedleak, Learned, Version1
 from fedleak.attacks.labels.counting import collect
 from fedleak.attacks.labels.last_layer import find_last_layer
@@ -45,7 +46,7 @@ def test_batches_of_a_trained_model_are_read_exactly(aux, trained, observe, know
         images, labels = prototypes(6, 10 + seed)
         observations.append(observe(trained, images, labels, round=seed + 1))
         truth.append(labels.sort().values.tolist())
-    guesses = Fedleak(starts=128).infer(observations, knowledge, candidates=3)
+    guesses = Fedleak(starts=128).infer(observations, knowledge, Run(), candidates=3)
     assert sum(guess.best.tolist() == labels for guess, labels in zip(guesses, truth, strict=True)) >= 3
     for guess in guesses:
         assert guess.labels.shape == (3, 6)
@@ -57,7 +58,7 @@ def test_batches_of_a_trained_model_are_read_exactly(aux, trained, observe, know
 def test_a_single_sample_follows_the_sign_rule(observe, lenet, knowing):
     model = lenet(0)
     observation = observe(model, torch.rand(1, 1, 12, 12), torch.tensor([6]))
-    assert Fedleak().infer([observation], knowing(model), candidates=2)[0].best.tolist() == [6]
+    assert Fedleak().infer([observation], knowing(model), Run(), candidates=2)[0].best.tolist() == [6]
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -72,7 +73,7 @@ def test_large_batches_of_untrained_models(uniform, payload, steps, least, obser
         )
         truth.append(torch.bincount(labels, minlength=10))
     knowledge = knowing(lenet(0), auxiliary=prototypes(300, 7), threat=ThreatModel(auxiliary_data=True))
-    guesses = Fedleak().infer(observations, knowledge)
+    guesses = Fedleak().infer(observations, knowledge, Run())
     overlap = [
         float(torch.minimum(torch.bincount(guess.best, minlength=10), counts).sum()) / 40
         for guess, counts in zip(guesses, truth, strict=True)
@@ -84,7 +85,7 @@ def test_a_layer_without_bias(observe, lenet, knowing):
     for seed, size in ((0, 5), (1, 30)):
         model = lenet(seed, uniform=True, bias=False)
         images, labels = prototypes(size, seed)
-        guess = Fedleak().infer([observe(model, images, labels)], knowing(model))[0]
+        guess = Fedleak().infer([observe(model, images, labels)], knowing(model), Run())[0]
         found = torch.bincount(guess.best, minlength=10)
         assert int(torch.minimum(found, torch.bincount(labels, minlength=10)).sum()) >= 0.9 * size
 
@@ -92,7 +93,9 @@ def test_a_layer_without_bias(observe, lenet, knowing):
 def test_an_unknown_scale_still_gives_version_1(observe, lenet, knowing):
     model = lenet(2, uniform=True)
     observation = observe(model, *prototypes(7, 3), payload="weights", grant_lr=False)
-    guesses = [method.infer([observation], knowing(model))[0].best.tolist() for method in (Fedleak(), Version1())]
+    guesses = [
+        method.infer([observation], knowing(model), Run())[0].best.tolist() for method in (Fedleak(), Version1())
+    ]
     assert guesses[0] == guesses[1]
 
 
@@ -102,7 +105,7 @@ def test_an_update_that_is_noise_falls_back_to_a_full_batch(observe, lenet, know
     generator = torch.Generator().manual_seed(0)
     for value in observation.update.values():
         value.copy_(torch.randn(value.shape, generator=generator))
-    guess = Fedleak(starts=32, rounds=1).infer([observation], knowing(model), candidates=4)[0]
+    guess = Fedleak(starts=32, rounds=1).infer([observation], knowing(model), Run(), candidates=4)[0]
     assert guess.labels.shape == (4, 6)
 
 
@@ -112,17 +115,17 @@ def test_guesses_do_not_depend_on_what_else_is_in_the_call(observe, lenet, knowi
     broken = Observation(9, 0, {}, {}, error="the client raised ValueError")
     knowledge = knowing(lenet(0))
     method = Fedleak(starts=64, rounds=1)
-    together = method.infer([*observations, broken], knowledge, candidates=2, seed=4)
+    together = method.infer([*observations, broken], knowledge, Run(seed=4), candidates=2)
     assert together[-1] is None
     for observation, guess in zip(observations, together, strict=False):
-        assert torch.equal(method.infer([observation], knowledge, candidates=2, seed=4)[0].labels, guess.labels)
+        assert torch.equal(method.infer([observation], knowledge, Run(seed=4), candidates=2)[0].labels, guess.labels)
 
 
 @pytest.mark.parametrize("method", [Fedleak(), Learned()])
 def test_a_withheld_batch_size_is_refused(method, observe, lenet, knowing):
     model = lenet(3)
     with pytest.raises(UsageError, match=r"threat\.batch_size=true"):
-        method.infer([observe(model, *prototypes(2, 0), batch_size=None)], knowing(model))
+        method.infer([observe(model, *prototypes(2, 0), batch_size=None)], knowing(model), Run())
 
 
 def test_the_posterior_knows_when_it_does_not_know(trained, observe, lenet, knowing):
@@ -156,14 +159,14 @@ def test_the_learned_reader_beats_the_control(aux, observe, lenet, knowing):
         truth.append(torch.bincount(labels, minlength=10))
     knowledge = knowing(lenet(0), auxiliary=prototypes(200, 7) if aux else None)
     before = torch.random.get_rng_state()
-    guesses = Learned(steps=150).infer(observations, knowledge, seed=1)
+    guesses = Learned(steps=150).infer(observations, knowledge, Run(seed=1))
     assert torch.equal(before, torch.random.get_rng_state())
     overlap = [
         float(torch.minimum(torch.bincount(guess.best, minlength=10), counts).sum()) / 16
         for guess, counts in zip(guesses, truth, strict=True)
     ]
     assert sum(overlap) / 6 > 0.85
-    again = Learned(steps=150).infer(observations, knowledge, seed=1)
+    again = Learned(steps=150).infer(observations, knowledge, Run(seed=1))
     assert all(torch.equal(a.labels, b.labels) for a, b in zip(guesses, again, strict=True))
 
 
@@ -175,7 +178,7 @@ def test_a_handful_of_auxiliary_images_does(count, observe, lenet, knowing):
     if count == 30:
         few = few[0], torch.zeros_like(few[1])  # all of one class
     knowledge = knowing(model, auxiliary=few, threat=ThreatModel(auxiliary_data=True))
-    guess = Fedleak().infer([observe(model, images, labels)], knowledge)[0]
+    guess = Fedleak().infer([observe(model, images, labels)], knowledge, Run())[0]
     assert guess.best.tolist() == labels.sort().values.tolist()
 
 
@@ -184,7 +187,7 @@ def test_batches_up_to_thousands_and_any_number_of_classes(observe, lenet, knowi
         model = lenet(1, classes)
         labels = torch.randint(classes, (size,), generator=torch.Generator().manual_seed(size))
         images = torch.rand(size, 1, 12, 12, generator=torch.Generator().manual_seed(size))
-        guess = Fedleak(largest=4).infer([observe(model, images, labels)], knowing(model, classes))[0]
+        guess = Fedleak(largest=4).infer([observe(model, images, labels)], knowing(model, classes), Run())[0]
         found = torch.bincount(guess.best, minlength=classes)
         overlap = torch.minimum(found, torch.bincount(labels, minlength=classes)).sum()
         assert guess.best.shape == (size,)

@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
+from fedleak.attacks.base import Run
 from fedleak.attacks.labels import Version1
 from fedleak.attacks.labels.last_layer import find_last_layer, last_layer_gradients
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
+from fedleak.training import LocalTraining
 
 
 class Backwards(nn.Module):
@@ -92,7 +94,7 @@ def test_per_sample_updates_are_averaged(observe, lenet, knowing):
     images, labels = torch.rand(3, 1, 12, 12), torch.tensor([2, 2, 7])
     singles = [observe(model, images[i : i + 1], labels[i : i + 1]) for i in range(3)]
     update = {name: torch.stack([single.update[name] for single in singles]) for name in singles[0].update}
-    together = Observation(1, 0, singles[0].parameters, update, batch_size=3, per_sample=True)
+    together = Observation(1, 0, singles[0].parameters, update, LocalTraining("gradient", 3, 1, per_sample=True))
     layer = find_last_layer(knowing(model))
     batch = last_layer_gradients([observe(model, images, labels)], layer)
     torch.testing.assert_close(last_layer_gradients([together], layer).weight, batch.weight)
@@ -105,10 +107,10 @@ def test_unusable_updates_are_refused_by_name(observe, lenet, knowing, value, wo
     for name in ("fc.weight", "fc.bias"):
         observation.update[name].fill_(value)
     with pytest.raises(UsageError, match=rf"client 5 in round 3.*{words}"):
-        Version1().infer([observation], knowing(model))
+        Version1().infer([observation], knowing(model), Run())
 
 
 def test_an_update_of_another_model_is_refused(observe, lenet, knowing):
     observation = observe(lenet(0), torch.rand(2, 1, 12, 12), torch.tensor([2, 7]))
     with pytest.raises(UsageError, match=r"no tensor named 'my_head\.weight'"):
-        Version1().infer([observation], knowing(Backwards()))
+        Version1().infer([observation], knowing(Backwards()), Run())

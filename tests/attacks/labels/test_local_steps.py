@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from fedleak.attacks.base import Run
 from fedleak.attacks.labels import Fedleak
 from fedleak.attacks.labels.counting import collect
 from fedleak.attacks.labels.last_layer import find_last_layer
@@ -17,17 +20,18 @@ def classes_of(count, seed):
     return (centres[labels] + 0.35 * torch.randn(count, 1, 12, 12, generator=generator)).clamp(0, 1), labels
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_cheap_clients_are_whole_ones_where_there_is_no_body_to_train(bias, observe, knowing):
+@pytest.mark.parametrize(("bias", "epochs"), [(True, 1), (False, 1), (True, 2)])
+def test_cheap_clients_are_whole_ones_where_there_is_no_body_to_train(bias, epochs, observe, knowing):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(144, 10, bias=bias))
     images, labels = classes_of(24, 1)
     observation = observe(model, images, labels, steps=4, payload="weights", lr=0.05)
+    observation = replace(observation, training=replace(observation.training, epochs=epochs))
     knowledge, layer = knowing(model), find_last_layer(knowing(model))
     held, names = classes_of(60, 2)
     path = _path(observation, layer, knowledge, held, 59)
     pick = torch.arange(24)[None] + torch.tensor([[0], [30]])
-    cheap = _cheap(path, pick, names[pick], 4, 0.05)
+    cheap = _cheap(path, pick, names[pick], replace(observation.training, payload="gradient"))
     whole = _full(observation, layer, knowledge, path, held, pick, names[pick], 0)
     torch.testing.assert_close(cheap, whole, atol=1e-5, rtol=1e-4)
     assert cheap.abs().max() > 0.01
@@ -74,7 +78,7 @@ def test_one_local_step_of_weights_gives_the_labels_of_its_gradient(observe, len
     images, labels = classes_of(24, 3)
     knowledge = knowing(model, auxiliary=classes_of(200, 7))
     found = [
-        Fedleak().infer([observe(model, images, labels, payload=payload)], knowledge)[0].best
+        Fedleak().infer([observe(model, images, labels, payload=payload)], knowledge, Run())[0].best
         for payload in ("gradient", "weights")
     ]
     assert torch.equal(*found)
@@ -84,7 +88,7 @@ def test_the_callers_random_state_is_left_alone(observe, lenet, knowing):
     model = lenet(0)
     observation = observe(model, *classes_of(12, 0), steps=3, lr=0.05)
     before = torch.random.get_rng_state()
-    first, second = (Fedleak().infer([observation], knowing(model), seed=2)[0].labels for _ in range(2))
+    first, second = (Fedleak().infer([observation], knowing(model), Run(seed=2))[0].labels for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(before, torch.random.get_rng_state())
 

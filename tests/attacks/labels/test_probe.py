@@ -36,12 +36,13 @@ def test_batch_norm_runs_on_the_servers_buffers_and_leaves_them_alone(observe, k
     buffers = {"0.running_mean": torch.tensor([0.7]), "0.running_var": torch.tensor([2.0]),
                "0.num_batches_tracked": torch.tensor(3)}  # fmt: skip
     images = torch.rand(4, 1, 12, 12)
-    observation = observe(model, images, torch.tensor([0, 1, 2, 3]), start_buffers=dict(buffers))
-    knowledge = knowing(model, training_mode=False)
+    knowledge = knowing(model)
+    labels = torch.tensor([0, 1, 2, 3])
+    observation = observe(model, images, labels, start_buffers=dict(buffers), training_mode=False)
     found = probe([observation], find_last_layer(knowledge), knowledge, images)
     expected = (images - 0.7) / (2.0 + 1e-5) ** 0.5
     torch.testing.assert_close(found.features[0], expected.flatten(1))
-    knowledge = knowing(model, training_mode=True)
+    observation = observe(model, images, labels, start_buffers=dict(buffers))
     found = probe([observation], find_last_layer(knowledge), knowledge, images)
     expected = (images - images.mean()) / (images.var(unbiased=False) + 1e-5) ** 0.5
     torch.testing.assert_close(found.features[0], expected.flatten(1))

@@ -1,5 +1,6 @@
 import torch
 
+from fedleak.attacks.base import Run
 from fedleak.attacks.labels import Fedleak
 from fedleak.attacks.labels.bias import Bias
 from fedleak.attacks.labels.counting import collect
@@ -35,7 +36,7 @@ def test_two_methods_counts_are_among_the_readings(observe, lenet, knowing):
     seen = next(models(evidence, knowledge, 0)).seen
     values = per_class(seen, 10, torch.full((10,), 0.1, dtype=torch.float64), total)[0]
     for column, method in ((5, LLG()), (6, Bias())):
-        counts = method.count(evidence, knowledge, seed=0).counts[0]
+        counts = method.count(evidence, knowledge, Run()).counts[0]
         assert (values[:, column] * total).round().long().tolist() == counts.tolist()
 
 
@@ -50,8 +51,8 @@ def test_a_doubtful_update_is_read_again_and_a_sure_one_is_not(monkeypatch, obse
     model = lenet(0)
     labels = torch.arange(20) % 10
     observation = observe(model, torch.rand(20, 1, 12, 12), labels)
-    Fedleak().infer([observation], knowing(model))
+    Fedleak().infer([observation], knowing(model), Run())
     assert asked == []
-    guess = Fedleak(doubt=0.0).infer([observation], knowing(model))[0]
+    guess = Fedleak(doubt=0.0).infer([observation], knowing(model), Run())[0]
     assert asked == [1]
     assert torch.bincount(guess.best, minlength=10).tolist() == [2] * 10

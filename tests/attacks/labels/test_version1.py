@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedleak.attacks.base import Run
 from fedleak.attacks.labels import Version1
 from fedleak.attacks.labels.version1 import version1
 from fedleak.errors import UsageError
@@ -84,7 +85,7 @@ def test_one_step_of_fedavg_gives_the_labels_of_fedsgd(observe, lenet, knowing):
         observe(model, images, labels, payload="weights"),
         observe(model, images, labels, payload="weights", grant_lr=False),
     ]
-    guesses = [guess.best.tolist() for guess in Version1().infer(observations, knowing(model))]
+    guesses = [guess.best.tolist() for guess in Version1().infer(observations, knowing(model), Run())]
     g = observations[0].update["fc.weight"].double().sum(dim=1).tolist()
     assert guesses == [slow_version1(g, 8)] * 3
 
@@ -92,7 +93,7 @@ def test_one_step_of_fedavg_gives_the_labels_of_fedsgd(observe, lenet, knowing):
 def test_all_samples_of_several_local_steps_are_labelled(observe, lenet, knowing):
     model = lenet(3)
     observation = observe(model, torch.rand(12, 1, 12, 12), torch.arange(12) % 10, payload="weights", steps=3)
-    guess = Version1().infer([observation], knowing(model), candidates=4)[0]
+    guess = Version1().infer([observation], knowing(model), Run(), candidates=4)[0]
     assert guess.labels.shape == (4, 12)
 
 
@@ -101,4 +102,4 @@ def test_a_withheld_batch_size_is_refused(observe, lenet, knowing):
     observation = observe(model, torch.rand(2, 1, 12, 12), torch.tensor([1, 2]), batch_size=None)
     assert Version1.needs == {"batch_size"}
     with pytest.raises(UsageError, match=r"threat\.batch_size=true"):
-        Version1().infer([observation], knowing(model))
+        Version1().infer([observation], knowing(model), Run())
