@@ -32,8 +32,8 @@ class Observed(Protocol):
 class Layer(ABC):
     """One link of a chain. The sweeps call its methods in order; it keeps in `self` what later ones need.
 
-    A distance takes four sweeps: `forward`, `backward` (with `book`), `forward_again` and `backward_again`. Derivatives
-    of the update by the images take `forward`, `backward`, `tangent` and `tangent_back`, with B = 1.
+    A distance takes four sweeps: `forward`, `backward` (and `book`), `forward_again` (`weigh` first), `backward_again`.
+    Derivatives of the update along directions take `forward`, `backward`, `tangent`, `tangent_back`, with B = 1.
     """
 
     parameters: tuple[str, ...] = ()
@@ -48,11 +48,11 @@ class Layer(ABC):
         """∂loss/∂inputs of ∂loss/∂outputs; None where `first`."""
 
     @abstractmethod
-    def forward_again(self, rows: Rows, by_delta: Tensor | None, products: Products) -> Tensor | None:
+    def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """∂objective/∂(∂loss/∂outputs) of ∂objective/∂(∂loss/∂inputs); None before the first layer with weights."""
 
     @abstractmethod
-    def backward_again(self, rows: Rows, by_output: Tensor, products: Products) -> Tensor:
+    def backward_again(self, rows: Rows, by_output: Tensor) -> Tensor:
         """∂objective/∂inputs of ∂objective/∂outputs."""
 
     @abstractmethod
@@ -65,6 +65,12 @@ class Layer(ABC):
 
     def book(self, rows: Rows, products: Products) -> None:  # noqa: B027  a layer without parameters books nothing
         """Book how far the layer's own gradient is from the observed one; after `backward`."""
+
+    def weigh(self, rows: Rows, products: Products) -> None:  # noqa: B027
+        """Take ∂objective/∂gradient from what the objective said of what was booked; before `forward_again`."""
+
+    def assign(self, values: Rows) -> None:  # noqa: B027
+        """Take name -> ``[P, n]`` for ∂objective/∂gradient instead; before `forward_again`."""
 
     def gradients(self) -> Rows:
         """name -> ``[P, ...]``, the loss's gradient by the layer's parameters; after `backward`."""

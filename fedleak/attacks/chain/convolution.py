@@ -91,18 +91,30 @@ class Convolution(Layer):
             found[self.bias] = self.delta.sum(2).unflatten(0, self.batch).sum(1)
         return found
 
-    def forward_again(self, rows: Rows, by_delta: Tensor | None, products: Products) -> Tensor | None:
+    def weigh(self, rows: Rows, products: Products) -> None:
+        """∂objective/∂gradient of kernel and bias."""
+        self.pulled = products.pull(self.weight, self.gap, rows[f"target:{self.weight}"])
+        if self.bias is not None:
+            self.bias_pulled = products.pull(self.bias, self.bias_gap, rows[f"target:{self.bias}"])
+
+    def assign(self, values: Rows) -> None:
+        """Given ones, ``[P, n]`` each."""
+        self.pulled = values[self.weight].view(self.batch[0], self.channels, -1)
+        if self.bias is not None:
+            self.bias_pulled = values[self.bias]
+
+    def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """``[P, B, O, H', W']``."""
-        self.pulled = self._each(products.pull(self.weight, self.gap, rows[f"target:{self.weight}"]))
+        self.pulled = self._each(self.pulled)
         result = self.pulled @ self.patches
         if by_delta is not None:
             result.baddbmm_(self.w, self._patches(by_delta.flatten(0, 1)))
         result = result.unflatten(0, self.batch)
         if self.bias is not None:
-            result = result + products.pull(self.bias, self.bias_gap, rows[f"target:{self.bias}"])[:, None, :, None]
+            result = result + self.bias_pulled[:, None, :, None]
         return result.unflatten(3, self.size)
 
-    def backward_again(self, rows: Rows, by_output: Tensor, products: Products) -> Tensor:
+    def backward_again(self, rows: Rows, by_output: Tensor) -> Tensor:
         """``[P, B, C, H, W]``."""
         weights = torch.cat([self.pulled, self.w], 1)
         outputs = torch.cat([self.delta, by_output.flatten(0, 1).flatten(2)], 1)

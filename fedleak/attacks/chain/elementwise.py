@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedleak.attacks.chain.base import Layer, Rows
-from fedleak.attacks.chain.products import Products
 
 
 class Elementwise(Layer):
@@ -38,12 +37,12 @@ class Elementwise(Layer):
         self.delta = delta
         return delta * self.d
 
-    def forward_again(self, rows: Rows, by_delta: Tensor | None, products: Products) -> Tensor | None:
+    def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """Same shape."""
         self.by_delta = by_delta
         return None if by_delta is None else by_delta * self.d
 
-    def backward_again(self, rows: Rows, by_output: Tensor, products: Products) -> Tensor:
+    def backward_again(self, rows: Rows, by_output: Tensor) -> Tensor:
         """Same shape."""
         result = by_output * self.d
         if self.by_delta is None or self.curvature is None:

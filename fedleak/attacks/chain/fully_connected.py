@@ -87,22 +87,33 @@ class FullyConnected(Layer):
             found[self.bias] = self.delta.sum(1)
         return found
 
-    def forward_again(self, rows: Rows, by_delta: Tensor | None, products: Products) -> Tensor | None:
+    def weigh(self, rows: Rows, products: Products) -> None:
+        """∂objective/∂gradient of weight, in the factors where the observed one is, and bias."""
+        target = rows[f"target:{self.weight}" if self.rank is None else f"m:{self.weight}"]
+        self.pulled = products.pull(self.weight, self.gap, target)
+        self.by_d = products.by_d[self.weight][:, None, None]
+        if self.bias is not None:
+            self.bias_pulled = products.pull(self.bias, self.bias_gap, rows[f"target:{self.bias}"])
+
+    def assign(self, values: Rows) -> None:
+        """Given ones, ``[P, n]`` each."""
+        self.pulled = values[self.weight].unflatten(1, self.shape)
+        if self.bias is not None:
+            self.bias_pulled = values[self.bias]
+
+    def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """``[P, B, n_out]``."""
         if self.rank is None:
-            self.pulled = products.pull(self.weight, self.gap, rows[f"target:{self.weight}"])
             result = self.a @ self.pulled.mT
         else:
-            self.pulled = products.pull(self.weight, self.gap, rows[f"m:{self.weight}"])
-            self.by_d = products.by_d[self.weight][:, None, None]
             result = self.c @ self.pulled.mT + self.by_d * (self.gram_a @ self.delta)
         if by_delta is not None:
             result = result + _times(by_delta, rows[f"{self.weight}:transposed"], self.shape[0])
         if self.bias is not None:
-            result = result + products.pull(self.bias, self.bias_gap, rows[f"target:{self.bias}"])[:, None]
+            result = result + self.bias_pulled[:, None]
         return result
 
-    def backward_again(self, rows: Rows, by_output: Tensor, products: Products) -> Tensor:
+    def backward_again(self, rows: Rows, by_output: Tensor) -> Tensor:
         """``[P, B, n_in]``."""
         result = _times(by_output, rows[self.weight], self.shape[1])
         if self.rank is None:

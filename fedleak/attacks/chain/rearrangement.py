@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedleak.attacks.chain.base import Layer, Rows
-from fedleak.attacks.chain.products import Products
 
 
 class Rearrangement(Layer):
@@ -28,11 +27,11 @@ class Rearrangement(Layer):
         """Shaped like the inputs."""
         return None if self.first else self._back(delta)
 
-    def forward_again(self, rows: Rows, by_delta: Tensor | None, products: Products) -> Tensor | None:
+    def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """Shaped like the outputs."""
         return None if by_delta is None else self._each(self.function, by_delta)
 
-    def backward_again(self, rows: Rows, by_output: Tensor, products: Products) -> Tensor:
+    def backward_again(self, rows: Rows, by_output: Tensor) -> Tensor:
         """Shaped like the inputs."""
         return self._back(by_output)
 
@@ -83,11 +82,11 @@ class MaxPool(Layer):
         """``[P, B, C, H, W]``."""
         return None if self.first else self._back(delta)
 
-    def forward_again(self, rows: Rows, by_delta: Tensor | None, products: Products) -> Tensor | None:
+    def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """``[P, B, C, H', W']``."""
         return None if by_delta is None else self._chosen(by_delta)
 
-    def backward_again(self, rows: Rows, by_output: Tensor, products: Products) -> Tensor:
+    def backward_again(self, rows: Rows, by_output: Tensor) -> Tensor:
         """``[P, B, C, H, W]``."""
         return self._back(by_output)
 

@@ -62,13 +62,14 @@ class ChainDistance(Distance):
         value = products.judge(self.objective, self.names)
         by_delta: Tensor | None = None
         for layer in self.layers:
-            by_delta = layer.forward_again(rows, by_delta, products)
+            layer.weigh(rows, products)
+            by_delta = layer.forward_again(rows, by_delta)
         assert by_delta is not None
         by_delta = by_delta / batch
         inner = (p * by_delta).sum(2, keepdim=True)
         a = p * (by_delta - inner)
         for layer in reversed(self.layers):
-            a = layer.backward_again(rows, a, products)
+            a = layer.backward_again(rows, a)
         return value, a, inner - by_delta if with_labels else None
 
 
