@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from fedleak.attacks import Knowledge, Reconstruction
+from fedleak.attacks import Attack, Knowledge, Reconstruction
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.capture import CaptureStore
 from fedleak.errors import UsageError
@@ -18,7 +17,7 @@ from fedleak.errors import UsageError
 def attack(
     captures: str | Path,
     model: nn.Module,
-    method: str = "idlg",
+    method: str | Attack = "idlg",
     *,
     image_shape: tuple[int, int, int] | None = None,
     classes: int | None = None,
@@ -33,10 +32,10 @@ def attack(
     Args:
         captures: the eavesdropper's folder.
         model: the shared architecture, taking images in [0, 1] (make normalisation its first layer).
-        method: a choice of the ``attack`` group, see ``fedleak list``.
+        method: an attack, or a choice of the ``attack`` group, see ``fedleak list``.
         image_shape, classes: (C, H, W) and number of classes, where the eavesdropper was not told.
         auxiliary: images ``[M, C, H, W]`` in [0, 1] and labels ``[M]`` the attacker holds of its own.
-        overrides: more Hydra overrides, such as ``attack.restarts=4``.
+        overrides: more Hydra overrides for a `method` chosen by name, such as ``attack.restarts=4``.
         device: ``auto``, ``cpu`` or ``cuda``.
         seed: decides every random choice.
         keep: folder to keep reconstructions in as they finish; a killed attack goes on from there.
@@ -47,28 +46,24 @@ def attack(
     Raises:
         UsageError: no captures, a damaged one, or an attack that needs more than was granted.
     """
-    from fedleak.config import check, compose_config, plain
-    from fedleak.federation.scenario import resolve_device
-    from fedleak.pipeline import build_attack
+    from fedleak.devices import resolve_device
+    from fedleak.setup import compose
 
     store = CaptureStore.open(Path(captures))
-    config = plain(compose_config([f"attack={method}", *overrides]))
     # The command line's threat model is not this app's: the one that was captured under counts.
-    config["threat"] = {**asdict(store.info.threat), "auxiliary_data": auxiliary is not None}
-    check({**config, "federation": {**config["federation"], "payload": "gradient", "local_steps": 1}})
-    built = build_attack(config)
-    shape, count = image_shape or store.info.image_shape, classes or store.info.classes
+    threat = replace(store.info.threat, auxiliary_data=auxiliary is not None)
+    if isinstance(method, Attack) and overrides:
+        raise UsageError(f"overrides={list(overrides)}: would change nothing of an attack that is made; leave them out")
+    built = method if isinstance(method, Attack) else compose([f"attack={method}", *overrides]).attack.build()
     if built is None:
         raise UsageError("method=none: there is nothing to do; choose an attack, see fedleak list")
+    shape, count = image_shape or store.info.image_shape, classes or store.info.classes
     if shape is None or count is None:
         raise UsageError("image_shape, classes: unknown; name them here or when making the Eavesdropper")
-    from fedleak.threat import ThreatModel
-
-    threat = ThreatModel(**config["threat"])
     return built(
         store.load(threat=threat),
         Knowledge(model, shape, count, threat, auxiliary),
-        device=torch.device(resolve_device(device)),
+        device=resolve_device(device),
         seed=seed,
         store=ReconstructionStore(Path(keep)) if keep is not None else None,
     )

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from fedleak.console import Console
-    from fedleak.pipeline import Outcome
+    from fedleak.outcome import Outcome
+    from fedleak.setup import Setup
 
 HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside, and see what its updates leak
 
@@ -40,8 +41,8 @@ Overrides are Hydra's: group=choice picks a part, key=value sets one value.
   fedleak run --multirun defense.ratio=0.1,0.5,0.9 defense=pruning
   fedleak attack run_dir=outputs/… attack=dlg attack.restarts=4
 
-Options of run: --multirun (-m) sweeps over comma-separated values; --config-dir DIR adds YAML files of your own;
---cfg job prints the composed configuration and stops.
+Options of run and labels: --multirun (-m) sweeps over comma-separated values; --cfg job prints the composed
+configuration and stops. --config-dir DIR adds YAML files of your own, for attack and list too.
 """
 
 
@@ -80,64 +81,42 @@ def _dispatch(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """``fedleak run``: check everything, then let Hydra run the job or the sweep."""
-    from fedleak.config import check
-    from fedleak.pipeline import prepare
-    from fedleak.studies.base import Job, build_study
+    from fedleak.setup import read
 
-    def refuse(config: dict[str, Any], overrides: Sequence[str]) -> None:
-        check(config)
-        study = build_study(config, overrides)
-        if study is None:
-            prepare(config)
-        else:
-            study.check(Job(config, overrides))
-
-    return _through_hydra("config", arguments, refuse, _run_job)
-
-
-def _run_job(config: DictConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
-    from fedleak import pipeline
-    from fedleak.config import plain
-    from fedleak.console import Console
-    from fedleak.studies.base import Job, build_study, run_study
-
-    hydra = HydraConfig.get()
-    console = Console()
-    values, overrides, folder = plain(config), list(hydra.overrides.task), Path(hydra.runtime.output_dir)
-    command = ["fedleak", "run", *overrides]
-    study = build_study(values, overrides)
-    if study is None:
-        _show(console, pipeline.run(values, folder, console, command))
-    else:
-        # Hydra keeps its own overrides apart; the federations of a study need the folders of --config-dir too.
-        searched = [override for override in hydra.overrides.hydra if override.startswith("hydra.searchpath=")]
-        console.table(run_study(study, Job(values, [*searched, *overrides], folder, console), command))
-        console.say(f"results in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}")
+    return _through_hydra("run", "config", read, arguments)
 
 
 def labels(arguments: list[str]) -> int:
-    """``fedleak labels``: the study of label inference methods."""
-    from fedleak.studies import labels as study
+    """``fedleak labels``: the study of label inference methods, by settings of its own."""
+    from fedleak.setup import read_labels
 
-    return _through_hydra("labels", arguments, lambda config, overrides: study.check(config), _labels_job)
+    return _through_hydra("labels", "labels", read_labels, arguments)
 
 
-def _labels_job(config: DictConfig) -> None:
-    from hydra.core.hydra_config import HydraConfig
+def _refuse(setup: Setup, overrides: Sequence[str]) -> None:
+    """Raise `UsageError` for what cannot work: every part is built, and the data are looked for."""
+    from fedleak.pipeline import prepare
+    from fedleak.studies.base import Job, build_study
 
-    from fedleak.config import plain
+    study = build_study(setup)
+    if study is None:
+        prepare(setup)
+    else:
+        study.check(Job(setup, overrides))
+
+
+def _run_job(command: str, setup: Setup, overrides: Sequence[str], folder: Path) -> None:
+    from fedleak import pipeline
     from fedleak.console import Console
-    from fedleak.studies import labels as study
+    from fedleak.studies.base import Job, build_study, run_study
 
-    console = Console()
-    values = plain(config)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    with console.cells("label inference", study.cells(values)) as on_cell:
-        summary = study.run(values, folder, on_cell)
-    console.table(study.pivot(summary))
-    console.say(f"results in {folder}: labels.csv, summary.csv and pictures")
+    console, words = Console(), ["fedleak", command, *overrides]
+    study = build_study(setup)
+    if study is None:
+        _show(console, pipeline.run(setup, folder, console, words))
+    else:
+        console.table(run_study(study, Job(setup, overrides, folder, console), words))
+        console.say(f"results in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}")
 
 
 def attack(arguments: list[str]) -> int:
@@ -145,11 +124,8 @@ def attack(arguments: list[str]) -> int:
     flags, overrides = _split(arguments)
     if flags:
         raise UsageError(f"{flags[0]}: not an option of fedleak attack; give key=value overrides")
-    from omegaconf import OmegaConf
-
-    from fedleak import pipeline
-    from fedleak.config import check, compose_config, parse, plain
-    from fedleak.console import Console
+    from fedleak.config import SEARCH, parse
+    from fedleak.setup import compose
 
     given = {o.key_or_group: o for o in parse(overrides)}
     if "run_dir" not in given:
@@ -159,26 +135,21 @@ def attack(arguments: list[str]) -> int:
         raise UsageError(f"run_dir={run_dir}: no such folder; name an earlier run's")
     free = (*CHANGEABLE, "device", "seed", "output_dir")
     for key in given:
-        if key.split("/")[0].split(".")[0] not in ("run_dir", *free):
+        if key.split("/")[0].split(".")[0] not in ("run_dir", *free) and key != SEARCH:
             raise UsageError(f"{key}: fixed by the run in {run_dir}; only {', '.join(free)} can change")
-    before = run_dir / ".hydra" / "overrides.yaml"
     if not (run_dir / "captures" / "index.jsonl").is_file():
         raise UsageError(f"run_dir={run_dir}: no captures there; name the folder of a fedleak run")
-    try:
-        earlier = [str(o) for o in OmegaConf.to_object(OmegaConf.load(before))]  # type: ignore[union-attr]
-    except Exception as error:
-        raise UsageError(f"{before}: missing or damaged; restore it, or repeat the run") from error
-    now = [o for o in overrides if not o.startswith("run_dir=")]
-    config = plain(compose_config(_merge(earlier, now)))
-    check(config)
+    setup = compose(_merge(_earlier(run_dir), [o for o in overrides if not o.startswith("run_dir=")]))
     if "output_dir" in given:
-        folder = Path(config["output_dir"])
+        folder = Path(str(given["output_dir"].value()))
         _refuse_overwriting(folder)
     else:
-        folder = run_dir / "attacks" / config["attack"]["name"]
+        folder = run_dir / "attacks" / setup.attack.name
+    from fedleak import pipeline
+    from fedleak.console import Console
+
     console = Console()
-    outcome = pipeline.attack_again(config, run_dir, folder, console, ["fedleak", "attack", *overrides])
-    _show(console, outcome)
+    _show(console, pipeline.attack_again(setup, run_dir, folder, console, ["fedleak", "attack", *overrides]))
     return 0
 
 
@@ -186,18 +157,35 @@ CHANGEABLE = ("attack", "threat", "tracking")
 """Groups that an attack on an earlier run may choose anew."""
 
 
+def _earlier(run_dir: Path) -> list[str]:
+    """The overrides of an earlier run, and where it looked for YAML files."""
+    from omegaconf import OmegaConf
+
+    from fedleak.config import search_override
+
+    path = run_dir / ".hydra" / "overrides.yaml"
+    try:
+        overrides = [str(o) for o in OmegaConf.to_object(OmegaConf.load(path))]  # type: ignore[union-attr]
+    except Exception as error:
+        raise UsageError(f"{path}: missing or damaged; restore it, or repeat the run") from error
+    hydra = run_dir / ".hydra" / "hydra.yaml"  # a study's federations have none: theirs stand among the overrides
+    searched = OmegaConf.select(OmegaConf.load(hydra), "hydra.searchpath") if hydra.exists() else None
+    return [search_override(searched), *overrides] if searched else overrides
+
+
 def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
     """The earlier run's overrides under today's: a newly chosen group drops what was set inside it before."""
-    from fedleak.config import parse
+    from fedleak.config import SEARCH, parse, search_folders, search_override
 
     new = {o.key_or_group for o in parse(now)}
     kept = []
     for override, parsed in zip(earlier, parse(earlier), strict=True):
         key = parsed.key_or_group
         inside = any(key == n or (n in CHANGEABLE and key.startswith((f"{n}.", f"{n}/"))) for n in new)
-        if not inside and key not in ("output_dir", "device"):
+        if not inside and key not in ("output_dir", "device", SEARCH):
             kept.append(override)
-    return [*kept, *now]
+    folders = [*search_folders(earlier), *search_folders(now)]
+    return [search_override(folders), *kept, *(o for o in now if not o.startswith(f"{SEARCH}="))]
 
 
 def report(arguments: list[str]) -> int:
@@ -227,11 +215,12 @@ def report(arguments: list[str]) -> int:
 
 def list_choices(arguments: list[str]) -> int:
     """``fedleak list``: every group's choices with a line on each."""
-    if arguments:
-        raise UsageError(f"{arguments[0]}: fedleak list takes no arguments; leave it out")
     from fedleak.config import choices
 
-    for group, options in choices().items():
+    if arguments and not arguments[0].startswith(("--config-dir", "-cd")):
+        raise UsageError(f"{arguments[0]}: fedleak list takes no arguments but --config-dir DIR; leave it out")
+    _, overrides = _split(arguments)
+    for group, options in choices(overrides).items():
         print(group)
         width = max(len(name) for name, _ in options)
         for name, description in options:
@@ -252,6 +241,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(Hydra flags, overrides); ``--config-dir DIR`` becomes the override that means the same everywhere."""
     flags: list[str] = []
     overrides: list[str] = []
+    folders: list[str] = []
     rest = list(arguments)
     while rest:
         word = rest.pop(0)
@@ -260,7 +250,7 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             value = value or (rest.pop(0) if rest else "")
             if not Path(value).is_dir():
                 raise UsageError(f"--config-dir={value}: no such folder; name one that holds group folders")
-            overrides.append(f"hydra.searchpath=[file://{Path(value).absolute()}]")
+            folders.append(f"file://{Path(value).absolute()}")
         elif name in ("--multirun", "-m", "--resolve", "-r"):
             flags.append(word)
         elif name in ("--cfg", "-c", "--info", "--package", "-p"):
@@ -271,26 +261,28 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             raise UsageError(f"{word}: not an override; write key=value")
         else:
             overrides.append(word)
+    if folders:
+        from fedleak.config import search_override
+
+        overrides.append(search_override(folders))
     return flags, overrides
 
 
 def _through_hydra(
-    root: str,
-    arguments: Sequence[str],
-    refuse: Callable[[dict[str, Any], Sequence[str]], object],
-    job: Callable[[DictConfig], None],
+    command: str, root: str, read: Callable[[dict[str, Any], Sequence[str]], Setup], arguments: Sequence[str]
 ) -> int:
     """Check every job, then run them under Hydra, which makes the folders, writes ``.hydra/`` and sweeps.
 
     Args:
+        command: as typed behind ``fedleak``.
         root: the root file of the configuration.
+        read: makes the setup of a composed config; called, with all its parts built, for all jobs before any runs.
         arguments: Hydra flags and overrides.
-        refuse: (config, overrides) raises `UsageError` for what cannot work; called for all jobs before any runs.
-        job: does the work of one config.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
 
-    from fedleak.config import compose_config, conf_dir, expand_sweep, plain
+    from fedleak.config import compose_config, conf_dir, expand_sweep, plain, search_path
 
     flags, overrides = _split(arguments)
     for one in expand_sweep(overrides) if {"--multirun", "-m"} & set(flags) else [overrides]:
@@ -298,14 +290,17 @@ def _through_hydra(
         if any(override.startswith("output_dir=") for override in overrides):
             _refuse_overwriting(Path(config["output_dir"]))
         if not any(flag.startswith(("--cfg", "-c", "--info")) for flag in flags):
-            refuse(config, one)
+            _refuse(read(config, one), one)
 
     failures: list[BaseException] = []
 
     def guarded(config: DictConfig) -> None:
         # Hydra would print a traceback of its own; one failed job of a sweep must not stop the others either.
+        job = HydraConfig.get()
+        # Hydra keeps its own overrides apart; the federations of a study need the folders of --config-dir too.
+        typed = [*job.overrides.task, *search_path(job.overrides.hydra)]
         try:
-            job(config)
+            _run_job(command, read(plain(config), typed), typed, Path(job.runtime.output_dir))
         except FedleakError as error:
             print(f"fedleak: {_one_line(error)}", file=sys.stderr)
             failures.append(error)

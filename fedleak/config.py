@@ -1,4 +1,4 @@
-"""The configuration: where it lives, how it is composed, and every check that needs no data."""
+"""The configuration: where it lives, how it is composed, and the rules its values are checked by."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedleak.errors import UsageError
-from fedleak.threat import ThreatModel
 
 
 def conf_dir() -> Path:
@@ -34,7 +33,9 @@ def compose_config(overrides: Sequence[str], root: str = "config") -> DictConfig
     Raises:
         UsageError: an override cannot be read, or names a key or a choice that does not exist.
     """
-    parse(overrides)
+    for override in parse(overrides):
+        if override.value() is None and override.key_or_group in choice_files(overrides):
+            raise UsageError(f"{override.input_line}: no choice; name one, see fedleak list")
     try:
         return _compose(overrides, root)
     except (HydraException, OmegaConfBaseException) as error:
@@ -93,19 +94,47 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def choices() -> dict[str, list[tuple[str, str]]]:
+SEARCH = "hydra.searchpath"
+"""The override that ``--config-dir`` stands for."""
+
+
+def search_path(overrides: Sequence[str]) -> list[str]:
+    """Those of `overrides` that say where a user's own YAML files are."""
+    return [override for override in overrides if override.startswith(f"{SEARCH}=")]
+
+
+def search_folders(overrides: Sequence[str]) -> list[str]:
+    """The folders that they name, as Hydra writes them: ``file:///home/me/conf``."""
+    return [str(folder) for override in parse(search_path(overrides)) for folder in override.value()]  # type: ignore[union-attr]
+
+
+def search_override(folders: Sequence[str]) -> str:
+    """The override that has Hydra look into `folders` too."""
+    quoted = [folder.replace("\\", "\\\\").replace("'", "\\'") for folder in folders]
+    return f"{SEARCH}=[" + ",".join(f"'{folder}'" for folder in quoted) + "]"
+
+
+def choice_files(overrides: Sequence[str] = ()) -> dict[str, dict[str, Path]]:
+    """Group -> choice -> its file, built in or in a folder that `overrides` search."""
+    groups: dict[str, dict[str, Path]] = {}
+    for root in (conf_dir(), *(Path(folder.removeprefix("file://")) for folder in search_folders(overrides))):
+        for path in sorted(root.rglob("*.yaml")):
+            if path.parent != root:
+                groups.setdefault(path.parent.relative_to(root).as_posix(), {}).setdefault(path.stem, path)
+    return dict(sorted(groups.items()))
+
+
+def choices(overrides: Sequence[str] = ()) -> dict[str, list[tuple[str, str]]]:
     """Group -> [(choice, description)], the description being a file's first comment."""
-    root = conf_dir()
-    groups: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted(root.rglob("*.yaml")):
-        if path.parent == root:
-            continue
-        group = path.parent.relative_to(root).as_posix()
-        comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
-        groups.setdefault(group, []).append(
-            (path.stem, next((c for c in comments if not c.startswith("@package")), ""))
-        )
-    return groups
+    return {
+        group: [(name, _first_comment(path)) for name, path in files.items()]
+        for group, files in choice_files(overrides).items()
+    }
+
+
+def _first_comment(path: Path) -> str:
+    comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((c for c in comments if not c.startswith("@package")), "")
 
 
 @dataclass(frozen=True)
@@ -126,62 +155,25 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _one_of(*values: str) -> Rule:
+def one_of(*values: str) -> Rule:
+    """One of several words."""
     return Rule(lambda v: v in values, f"one of {', '.join(values)}")
 
 
+def list_of(least: int) -> Rule:
+    """A list of whole numbers from `least`, at least one."""
+    one = whole(least)
+    return Rule(
+        lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(one.test, v)),
+        f"a list of whole numbers from {least}",
+    )
+
+
 YES_NO = Rule(lambda v: isinstance(v, bool), "true or false")
-RULES: Mapping[str, Rule] = {
-    "seed": whole(0),
-    "quick": YES_NO,
-    "device": _one_of("auto", "cpu", "cuda"),
-    "output_dir": Rule(lambda v: isinstance(v, str) and v != "", "a folder"),
-    "federation.clients": whole(1),
-    "federation.rounds": whole(1),
-    "federation.fraction": Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
-    "federation.batch_size": whole(1),
-    "federation.local_steps": whole(1),
-    "federation.lr": Rule(lambda v: is_number(v) and v > 0, "a number above 0"),
-    "federation.payload": _one_of("gradient", "weights"),
-    "federation.training_mode": YES_NO,
-    "federation.evaluate_every": whole(1),
-    "federation.capture_every": whole(1),
-    "attack.name": Rule(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+-]+", v) is not None, "a plain name"),
-    "attack.restarts": whole(1),
-    "attack.max_evaluations": whole(1),
-    "attack.every": Rule(
-        lambda v: v == "auto" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
-        "a whole number from 1, or auto",
-    ),
-    "attack.candidates": whole(1),
-    "attack.clients": Rule(
-        lambda v: v == "all" or (isinstance(v, int) and not isinstance(v, bool) and v >= 1),
-        "a whole number from 1, or all",
-    ),
-    **{f"threat.{field.name}": YES_NO for field in fields(ThreatModel)},
-}
-"""Keys checked by value; the parts behind a `_target_` check their own."""
-
-FIXED = ("federation", "threat")
-"""Groups whose keys are all known; a key added to them with ``+`` would do nothing."""
-
-
-def check(config: Mapping[str, Any]) -> None:
-    """Check every value that can be checked without data; raises `UsageError` naming key, value and mend."""
-    check_rules(config, RULES)
-    for group in FIXED:
-        known = [key.split(".")[1] for key in RULES if key.startswith(group + ".")]
-        for key in config[group]:
-            if key not in known:
-                raise UsageError(f"{group}.{key}: unknown key; {_suggest(key, known)}")
-    federation, threat = config["federation"], config["threat"]
-    if threat["per_sample_gradients"] and (federation["payload"] != "gradient" or federation["local_steps"] != 1):
-        raise UsageError(
-            "threat.per_sample_gradients=true: needs federation.payload=gradient and federation.local_steps=1"
-        )
-    model = config["model"]
-    if isinstance(model, Mapping) and model.get("init") not in (None, "uniform", "default"):
-        raise UsageError(f"model.init={model['init']}: must be one of uniform, default")
+POSITIVE = Rule(lambda v: is_number(v) and v > 0, "a number above 0")
+NAMES = Rule(
+    lambda v: isinstance(v, list) and len(v) > 0 and all(isinstance(x, str) for x in v), "a list of names, not empty"
+)
 
 
 def check_rules(config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
@@ -196,7 +188,8 @@ def check_rules(config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
             raise UsageError(f"{key}={value}: must be {rule.mend}")
 
 
-def _suggest(word: str, known: Sequence[str]) -> str:
+def suggest(word: str, known: Sequence[str]) -> str:
+    """The mend for a word that is not among the `known` ones."""
     close = difflib.get_close_matches(word, known, 1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
 
@@ -208,16 +201,17 @@ def _first_line(error: BaseException) -> str:
 def _explain(error: BaseException, overrides: Sequence[str], root: str) -> str:
     """One line from Hydra's several."""
     text = str(error)
+    files = choice_files(overrides)
     if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, name = found.groups()
-        available = re.findall(r"^\t(\S+)$", text, re.M) or [name for name, _ in choices().get(group, [])]
+        available = re.findall(r"^\t(\S+)$", text, re.M) or list(files.get(group, {}))
         if not available:
-            return f"{group}={name}: no such group; {_suggest(group, list(choices()))}"
+            return f"{group}={name}: no such group; {suggest(group, list(files))}"
         return f"{group}={name}: no such choice; {_suggest_choice(name, available)}"
     if found := re.search(r"Could not override '([^'@]+)", text):
         key = found.group(1)
         if "/" in key:
-            return f"{key}: cannot be chosen here; {_suggest(key, list(choices()))}"
+            return f"{key}: cannot be chosen here; {suggest(key, list(files))}"
         given = next((o.lstrip("+") for o in overrides if o.lstrip("+").startswith(key + "=")), key)
         return f"{given}: unknown key; {_suggest_key(key, overrides, root)}"
     return f"{_first_line(error)}; see fedleak run --help"
@@ -230,14 +224,15 @@ def _suggest_choice(name: str, available: Sequence[str]) -> str:
 
 def _suggest_key(key: str, overrides: Sequence[str], root: str) -> str:
     """What the user may have meant: a key of the config as composed without the unknown ones."""
-    groups = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0].lstrip("+~") in choices()]
+    files = choice_files(overrides)
+    groups = [o for o in overrides if "." not in o.split("=")[0] and o.split("=")[0].lstrip("+~") in files]
     try:
-        config = _compose(groups, root)
+        config = _compose([*search_path(overrides), *groups], root)
     except (HydraException, OmegaConfBaseException):
         return "see fedleak run --help"
     known = _keys(OmegaConf.to_container(config, resolve=False))
     parent, _, last = key.rpartition(".")
-    having = [name for name, _ in choices().get(parent, []) if last in _keys_of_choice(parent, name)]
+    having = [name for name, path in files.get(parent, {}).items() if last in OmegaConf.load(path)]
     if having:
         return f"it belongs to {' or '.join(f'{parent}={name}' for name in having)}"
     close = difflib.get_close_matches(key, known, 1, cutoff=0.75)
@@ -249,10 +244,6 @@ def _suggest_key(key: str, overrides: Sequence[str], root: str) -> str:
     if parent and parent in config and "_target_" in (config[parent] or {}):
         return f"this choice of {parent} takes no such key; see fedleak list"
     return f"known: {', '.join(k for k in known if '.' not in k)}"
-
-
-def _keys_of_choice(group: str, name: str) -> list[str]:
-    return [str(key) for key in OmegaConf.load(conf_dir() / group / f"{name}.yaml")]
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

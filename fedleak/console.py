@@ -36,23 +36,21 @@ class Console:
     @contextmanager
     def federation(self, rounds: int) -> Iterator[Callable[[RoundRow], None]]:
         """A bar over the rounds; yields the callback for each round's row."""
-        with self._bar("{task.fields[note]}") as bar:
-            task = bar.add_task("federation", total=rounds, note="")
+        with self.steps("federation", rounds) as advance:
             accuracy = ""
 
             def on_row(row: RoundRow) -> None:
                 nonlocal accuracy
                 if row.test_accuracy is not None:
                     accuracy = f"test accuracy {row.test_accuracy:.3f} · "
-                note = f"{accuracy}loss {row.train_loss:.3f} · {row.clients} clients"
-                bar.update(task, advance=1, note=note)
+                advance(1, f"{accuracy}loss {row.train_loss:.3f} · {row.clients} clients")
 
             yield on_row
 
     @contextmanager
     def attack(self, name: str, observations: int) -> Iterator[Callable[[AttackProgress], None]]:
         """A bar over an attack's problems; yields the callback for its state."""
-        with self._bar("{task.fields[note]}") as bar:
+        with self._bar() as bar:
             task = bar.add_task(f"attack {name}", total=observations, note="inferring labels")
 
             def on_progress(state: AttackProgress) -> None:
@@ -69,22 +67,18 @@ class Console:
     @contextmanager
     def cells(self, name: str, total: int) -> Iterator[Callable[[str, str, int, int, float], None]]:
         """A bar over a study's cells; yields the callback for each."""
-        with self._bar("{task.fields[note]}") as bar:
-            task = bar.add_task(name, total=total, note="")
-
-            def on_cell(method: str, partition: str, stage: int, batch_size: int, accuracy: float) -> None:
-                note = f"{method}, {partition}, batch size {batch_size}, {stage} steps: {accuracy:.1%}"
-                bar.update(task, advance=1, note=note)
-
-            yield on_cell
-            bar.update(task, total=bar.tasks[task].completed)
+        with self.steps(name, total) as advance:
+            yield lambda method, partition, stage, batch_size, accuracy: advance(
+                1, f"{method}, {partition}, batch size {batch_size}, {stage} steps: {accuracy:.1%}"
+            )
 
     @contextmanager
     def steps(self, name: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A bar over equal steps; yields the callback that takes how many more are done and a note."""
-        with self._bar("{task.fields[note]}") as bar:
+        """A bar over equal steps, of which there may be fewer; yields the callback for how many more are done."""
+        with self._bar() as bar:
             task = bar.add_task(name, total=total, note="")
             yield lambda done, note: bar.update(task, advance=done, note=note)
+            bar.update(task, total=bar.tasks[task].completed)
 
     def table(self, table: pd.DataFrame) -> None:
         """Print a data frame; shares as percentages, missing values as a dash."""
@@ -99,14 +93,16 @@ class Console:
         """A line of result."""
         self.out.print(text, markup=False)
 
-    def _bar(self, note: str) -> Progress:
+    def _bar(self) -> Progress:
         return Progress(
             TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=10)),
             BarColumn(bar_width=12, table_column=Column(min_width=12)),
             MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=7)),
             TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True, min_width=7)),
             # Where the terminal is narrow, the note is what gives way.
-            TextColumn(note, style="dim", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            TextColumn(
+                "{task.fields[note]}", style="dim", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            ),
             console=self.err,
             expand=True,
             disable=self.err.quiet,

@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fedleak.errors import FedleakError, UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the configuration before it is built: to be compared, hashed, and sent to other processes.
+
+    Attributes:
+        key: where it stands in the configuration, for error messages.
+        node: plain containers, ``_target_`` and its settings; never changed.
+
+    Raises:
+        UsageError: `node` is no mapping.
+    """
+
+    key: str
+    node: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.node, Mapping):
+            raise UsageError(f"{self.key}={self.node}: must be a _target_ with its settings; see fedleak list")
+
+    def __hash__(self) -> int:
+        return hash((self.key, self.target))
+
+    @property
+    def target(self) -> str:
+        """The import path of a class or function."""
+        return str(self.node.get("_target_"))
+
+    @property
+    def name(self) -> str:
+        """The class or function without its module."""
+        return self.target.rsplit(".", 1)[-1]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the class or function is called with, nested nodes as they stand; a copy."""
+        return {name: copy.deepcopy(value) for name, value in self.node.items() if name != "_target_"}
+
+    def build(self, kind: Any = object) -> Any:
+        """Import and call what the node names; raises `UsageError` if that fails or gives no `kind`."""
+        made = instantiate(self.node, self.key)
+        if not isinstance(made, kind):
+            mend = f"name a subclass of {kind.__module__}.{kind.__name__}"
+            raise UsageError(f"{self.key}._target_={self.target}: gives no {kind.__name__}; {mend}")
+        return made
 
 
 def locate(path: Any, key: str) -> Callable[..., Any]:

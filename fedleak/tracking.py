@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedleak.config import flat
 from fedleak.errors import UsageError
-from fedleak.instantiate import instantiate
+from fedleak.setup import Setup
 
 
 class Tracker:
@@ -153,21 +152,11 @@ class MLflow(Tracker):
         self.client.set_terminated(self.run, "FAILED" if summary is None else "FINISHED")
 
 
-def build_tracker(config: Mapping[str, Any]) -> Tracker:
-    """The tracker of a config; raises `UsageError` if it is none or cannot work here."""
-    tracker = instantiate(config["tracking"], "tracking")
-    if not isinstance(tracker, Tracker):
-        raise UsageError(
-            f"tracking={config['tracking']}: is no tracker; subclass fedleak.tracking.Tracker, or choose tracking=none"
-        )
-    return tracker
-
-
 @contextmanager
-def tracked(config: Mapping[str, Any], folder: Path) -> Iterator[Tracker]:
-    """The config's tracker, started; it is told if the work fails, and must be told by the work how it ended."""
-    tracker = build_tracker(config)
-    tracker.start(folder.absolute(), flat(config))
+def tracked(setup: Setup, folder: Path) -> Iterator[Tracker]:
+    """The setup's tracker, started; it is told if the work fails, and must be told by the work how it ended."""
+    tracker = setup.tracking.build(Tracker)
+    tracker.start(folder.absolute(), setup.settings)
     try:
         yield tracker
     except BaseException:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 import fedleak.data
 from fedleak.data import ImageData, Partitioner
 from fedleak.defenses import Defense
+from fedleak.instantiate import Part
 from fedleak.models import build_model
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -61,7 +62,7 @@ def test_partition(path):
 
 @pytest.mark.parametrize("path", choices("model"))
 def test_model(path):
-    model = build_model(OmegaConf.load(path), (1, 28, 28), 10, seed=0)
+    model = build_model(Part("model", OmegaConf.to_container(OmegaConf.load(path))), (1, 28, 28), 10, seed=0)
     assert model.eval()(torch.rand(2, 1, 28, 28)).shape == (2, 10)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fedleak.attacks.store import load_reconstructions
 from fedleak.cli import main
-from fedleak.pipeline import choose_victims
+from fedleak.rounds import choose_victims
 
 
 def tables_without_seconds(folder: Path) -> list[str]:

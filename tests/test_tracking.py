@@ -9,8 +9,8 @@ import pytest
 
 from fedleak.cli import main
 from fedleak.errors import UsageError
-from fedleak.instantiate import instantiate
-from fedleak.tracking import MLflow, NoTracker, TensorBoard, Tracker, build_tracker, finite
+from fedleak.instantiate import Part
+from fedleak.tracking import MLflow, NoTracker, TensorBoard, Tracker, finite
 
 SHORT = ["attack=idlg", "federation.clients=2", "federation.rounds=2", "federation.batch_size=1", "attack.restarts=2"]
 
@@ -101,12 +101,12 @@ def test_a_missing_package_is_named_before_any_work(choice, module, monkeypatch,
 
 
 def test_only_trackers_and_local_databases(tmp_path):
-    with pytest.raises(UsageError, match="is no tracker"):
-        build_tracker({"tracking": {"_target_": "collections.OrderedDict"}})
-    assert isinstance(build_tracker({"tracking": {"_target_": "fedleak.tracking.NoTracker"}}), NoTracker)
+    with pytest.raises(UsageError, match=r"gives no Tracker; name a subclass of fedleak\.tracking\.Tracker"):
+        Part("tracking", {"_target_": "collections.OrderedDict"}).build(Tracker)
+    assert isinstance(Part("tracking", {"_target_": "fedleak.tracking.NoTracker"}).build(Tracker), NoTracker)
     for uri in ("http://example.org", "databricks", "./mlruns"):
         with pytest.raises(UsageError, match=r"tracking\.uri=.*sqlite:///"):
-            instantiate({"_target_": "fedleak.tracking.MLflow", "uri": uri}, "tracking")
+            Part("tracking", {"_target_": "fedleak.tracking.MLflow", "uri": uri}).build(Tracker)
 
 
 def test_only_finite_numbers_are_logged():

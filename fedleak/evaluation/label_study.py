@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import pandas as pd
@@ -16,35 +16,16 @@ from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.local_update import local_update
 from fedleak.threat import ThreatModel
-from fedleak.training import SGD, LocalTraining, Payload
+from fedleak.training import SGD, LocalTraining
 
-COLUMNS = (
-    "method",
-    "data",
-    "partition",
-    "stage",
-    "batch_size",
-    "run",
-    "label_accuracy",
-    "labels_exact",
-    "counts_exact",
-    "seconds",
-)
+COLUMNS = ["method", "data", "partition", "stage", "batch_size", "run"]
+COLUMNS += ["label_accuracy", "labels_exact", "counts_exact", "seconds"]
 
 Partition = Literal["iid", "biased"]
 
 
-@dataclass(frozen=True)
-class ClientPlan:
-    """How the victims train: what they send, and after how many steps at which learning rate.
-
-    With `per_sample` they send the gradient of every single sample (one step, payload ``gradient``).
-    """
-
-    payload: Payload = "gradient"
-    local_steps: int = 1
-    lr: float = 0.1
-    per_sample: bool = False
+ONE_STEP = LocalTraining(local_steps=1, optimizer=SGD(0.1))
+"""One step, whose gradient is sent."""
 
 
 def draw_batch(labels: Tensor, size: int, partition: Partition, generator: torch.Generator) -> Tensor:
@@ -71,19 +52,13 @@ def draw_batch(labels: Tensor, size: int, partition: Partition, generator: torch
 
 
 def client_update(
-    model: nn.Module, images: Tensor, labels: Tensor, plan: ClientPlan, *, run: int, batch_size: int
+    model: nn.Module, images: Tensor, labels: Tensor, training: LocalTraining = ONE_STEP, *, run: int
 ) -> Observation:
-    """What the server sees of a client that trains `plan.local_steps` steps of plain SGD on consecutive batches."""
+    """What the server sees of a client that trains on consecutive batches, in the model's own mode."""
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     buffers = {name: value.detach().clone() for name, value in model.named_buffers()}
-    training = LocalTraining(
-        payload=plan.payload,
-        batch_size=batch_size,
-        local_steps=plan.local_steps,
-        optimizer=SGD(plan.lr),
-        training_mode=model.training,
-        per_sample=plan.per_sample,
-    )
+    size = len(labels) // (training.local_steps or 1)
+    training = replace(training, batch_size=size, training_mode=model.training)
     result = local_update(model, start, buffers, images, labels, training)
     return Observation(run + 1, 0, start, result.update, training, start_buffers=buffers)
 
@@ -100,7 +75,7 @@ def label_study(
     runs: int = 10,
     data: str = "data",
     auxiliary_share: float = 0.2,
-    plan: ClientPlan | None = None,
+    training: LocalTraining = ONE_STEP,
     train: Callable[[nn.Module, Tensor, Tensor, int, torch.Generator], None] | None = None,
     seed: int = 0,
     on_cell: Callable[[str, str, int, int, float], None] | None = None,
@@ -122,7 +97,7 @@ def label_study(
         runs: networks.
         data: name for the table.
         auxiliary_share: the part of the data that is set aside for methods that need auxiliary data.
-        plan: what clients do; by default they send the gradient of one step.
+        training: what clients do, with batches of each of the sizes.
         train: (model, images, labels, steps, generator) trains in place; by default Adam at 3e-3, batches of 64.
         seed: decides every random choice.
         on_cell: called with (method, partition, stage, batch size, mean label accuracy) after each.
@@ -134,7 +109,6 @@ def label_study(
         equal share of the call for all runs). `attrs["accuracy"]` maps each stage to the networks' mean test accuracy
         on the auxiliary part.
     """
-    plan = plan or ClientPlan()
     train = train or adam
     classes = int(labels.max()) + 1
     generator = torch.Generator().manual_seed(seed)
@@ -160,18 +134,16 @@ def label_study(
             for partition in partitions:
                 truth, observations = [], []
                 for run, network in enumerate(networks):
-                    batch = draw_batch(labels, batch_size * plan.local_steps, partition, generator)
+                    batch = draw_batch(labels, batch_size * (training.local_steps or 1), partition, generator)
                     batch = batch[torch.randperm(len(batch), generator=generator)]
                     truth.append(torch.bincount(labels[batch], minlength=classes))
-                    observations.append(
-                        client_update(network, images[batch], labels[batch], plan, run=run, batch_size=batch_size)
-                    )
+                    observations.append(client_update(network, images[batch], labels[batch], training, run=run))
                 for name, method in methods.items():
                     scored = _score(method, observations, truth, knowledge, seed)
                     rows += [(name, data, partition, stage, batch_size, run, *row) for run, row in enumerate(scored)]
                     if on_cell and scored:
                         on_cell(name, partition, stage, batch_size, sum(row[0] for row in scored) / runs)
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    frame = pd.DataFrame(rows, columns=COLUMNS)
     frame.attrs["accuracy"] = accuracies
     return frame
 
@@ -196,7 +168,8 @@ def _score(
     seed: int,
 ) -> list[tuple[float, bool, float, float]]:
     """(label accuracy, labels exact, counts exact, seconds) of each observation; nothing for iDLG on batches."""
-    if "per_sample_gradients" in method.needs or (_single(method) and any(int(counts.sum()) > 1 for counts in truth)):
+    too_many = method.most_samples == 1 and any(int(counts.sum()) > 1 for counts in truth)
+    if too_many or "per_sample_gradients" in method.needs:
         return []
     if "labels" in method.needs:
         observations = [
@@ -214,10 +187,6 @@ def _score(
         overlap = float(torch.minimum(found, counts).sum()) / float(counts.sum())
         scored.append((overlap, bool(torch.equal(found, counts)), float((found == counts).double().mean()), seconds))
     return scored
-
-
-def _single(method: LabelInference) -> bool:
-    return method.most_samples == 1
 
 
 def _accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -14,21 +12,22 @@ from torch import Tensor
 
 from fedleak.defenses.base import leaving
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
-from fedleak.federation.rounds import is_due
 from fedleak.federation.scenario import Scenario, build_scenario
 from fedleak.local_update import local_update
+from fedleak.rounds import is_due
 from fedleak.seeding import generator
+from fedleak.setup import Setup
 from fedleak.threads import one_thread
 from fedleak.truth import Truth, TruthStore
 
 
-def make_client_app(config: Mapping[str, Any], truth_dir: Path) -> ClientApp:
+def make_client_app(setup: Setup, truth_dir: Path) -> ClientApp:
     """The ClientApp of a federation.
 
-    It closes over the config only: each process builds the scenario once, so that Ray ships no images.
+    It closes over the setup only: each process builds the scenario once, so that Ray ships no images.
 
     Args:
-        config: plain-container config, see `build_scenario`.
+        setup: the run's.
         truth_dir: where the client keeps its private batches for the evaluation. It never travels to the server.
     """
     app = ClientApp()
@@ -43,7 +42,7 @@ def make_client_app(config: Mapping[str, Any], truth_dir: Path) -> ClientApp:
         """One round of local training, defended before anything leaves the client."""
         client = _partition(context)
         server_round = int(message.content.config_records[CONFIG]["server-round"])  # type: ignore[arg-type]
-        scenario = build_scenario(config)
+        scenario = build_scenario(setup)
         with one_thread():
             content = train_once(
                 scenario, client, server_round, to_tensors(message.content.array_records[ARRAYS]), truth_dir

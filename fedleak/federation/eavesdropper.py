@@ -15,8 +15,8 @@ from torch import nn
 
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
 from fedleak.federation.records import EXAMPLES, PARTITION, client_record, to_tensors
-from fedleak.federation.rounds import is_due
 from fedleak.federation.strategy import last_line
+from fedleak.rounds import is_due
 from fedleak.threat import ThreatModel
 from fedleak.training import SGD, ClientOptimizer, LocalTraining, Payload, Tensors
 

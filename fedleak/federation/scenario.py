@@ -1,59 +1,25 @@
-"""What server, clients and evaluation agree on, built from the config and the seed alone."""
+"""What server, clients and evaluation agree on, built from the setup alone."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedleak.data import ImageData, to_float
 from fedleak.defenses import Defense
-from fedleak.errors import UsageError
 from fedleak.federation.adversary import Adversary
-from fedleak.federation.rounds import is_due
-from fedleak.instantiate import instantiate
+from fedleak.instantiate import Part
 from fedleak.models import build_model
 from fedleak.seeding import derive_seed, generator
+from fedleak.setup import Federation, Setup
 from fedleak.threat import ThreatModel
-from fedleak.training import SGD, LocalTraining, Payload
+from fedleak.training import LocalTraining
 
 AUXILIARY_IMAGES = 1024
-
-
-@dataclass(frozen=True)
-class Federation:
-    """The `federation` group of the config."""
-
-    clients: int
-    rounds: int
-    fraction: float
-    batch_size: int
-    local_steps: int
-    lr: float
-    payload: Payload
-    training_mode: bool = True
-    evaluate_every: int = 1
-    capture_every: int = 1
-
-    @property
-    def training(self) -> LocalTraining:
-        """How each client trains."""
-        return LocalTraining(
-            payload=self.payload,
-            batch_size=self.batch_size,
-            local_steps=self.local_steps,
-            optimizer=SGD(self.lr),
-            training_mode=self.training_mode,
-        )
-
-    def evaluates(self, server_round: int) -> bool:
-        """Whether the test accuracy is measured after this round."""
-        return is_due(server_round, self.evaluate_every) or server_round == self.rounds
 
 
 @dataclass(frozen=True)
@@ -61,6 +27,7 @@ class Scenario:
     """A federation ready to start: the same object in the server's process and in every client's.
 
     Attributes:
+        training: how each client trains.
         data: the images.
         parts: a tensor of training-image indices a client.
         model: the shared model with its initial weights.
@@ -70,6 +37,7 @@ class Scenario:
     """
 
     federation: Federation
+    training: LocalTraining
     data: ImageData
     parts: list[Tensor]
     model: nn.Module
@@ -80,11 +48,6 @@ class Scenario:
     auxiliary: Tensor
     utility: Tensor
     adversary: Adversary
-
-    @property
-    def training(self) -> LocalTraining:
-        """How each client trains, under this threat model."""
-        return replace(self.federation.training, per_sample=self.threat.per_sample_gradients)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -127,68 +90,40 @@ class Scenario:
         return to_float(self.data.test_images[self.auxiliary]), self.data.test_labels[self.auxiliary]
 
 
-def build_scenario(config: Mapping[str, Any]) -> Scenario:
-    """Build, or take from the cache, the scenario of a plain-container config.
+@lru_cache(maxsize=1)
+def build_scenario(setup: Setup) -> Scenario:
+    """Build, or take from the cache, the scenario of a setup: once in every process.
 
     Raises:
         UsageError: data, partition, model or defense cannot be built from it; names the key, the value and the mend.
     """
-    keys = ("data", "partition", "model", "federation", "defense", "threat", "seed", "device")
-    chosen = {key: config[key] for key in keys} | {"adversary": config.get("adversary")}
-    return _build(json.dumps(chosen, sort_keys=True))
-
-
-def build_adversary(config: Mapping[str, Any]) -> Adversary:
-    """The adversary of a config; an honest server where it names none, as runs from before there were any do."""
-    node = config.get("adversary")
-    return Adversary() if node is None else instantiate(node, "adversary")
-
-
-def shared_model(config: Mapping[str, Any], image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
-    """The model of a config as the federation starts with it: freshly initialised, then prepared by the adversary."""
-    return build_adversary(config).prepare(build_model(config["model"], image_shape, classes, seed))
-
-
-@lru_cache(maxsize=1)
-def _build(config_json: str) -> Scenario:
-    config = json.loads(config_json)
-    federation = Federation(**config["federation"])
-    threat = ThreatModel(**config["threat"])
-    seed = config["seed"]
-    data = load_data(config["data"])
-    partitioner = instantiate(config["partition"], "partition")
-    parts = partitioner(data.train_labels, federation.clients, generator(seed, "partition"))
+    seed, data = setup.seed, load_data(setup.data)
+    partitioner = setup.partition.build(Callable)
+    parts = partitioner(data.train_labels, setup.federation.clients, generator(seed, "partition"))
     order = torch.randperm(len(data.test_labels), generator=generator(seed, "auxiliary"))
     held_back = min(AUXILIARY_IMAGES, len(order) // 4)
     return Scenario(
-        federation=federation,
+        federation=setup.federation,
+        training=setup.training,
         data=data,
         parts=parts,
-        model=shared_model(config, data.image_shape, data.classes, derive_seed(seed, "model")),
-        defense=instantiate(config["defense"], "defense"),
-        threat=threat,
+        model=shared_model(setup, data.image_shape, data.classes, derive_seed(seed, "model")),
+        defense=setup.defense.build(Defense),
+        threat=setup.threat,
         seed=seed,
-        device=resolve_device(config["device"]),
+        device=setup.torch_device,
         auxiliary=order[:held_back],
         utility=order[held_back:].sort().values,
-        adversary=build_adversary(config),
+        adversary=setup.adversary.build(Adversary),
     )
 
 
-def load_data(config: Mapping[str, Any]) -> ImageData:
-    """Load, or take from the cache, the images of a `data` config; raises `UsageError` where they are not there."""
-    return _load_data(json.dumps(config, sort_keys=True))
+def shared_model(setup: Setup, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+    """The model as the federation starts with it: freshly initialised, then prepared by the adversary."""
+    return setup.adversary.build(Adversary).prepare(build_model(setup.model, image_shape, classes, seed))
 
 
 @lru_cache(maxsize=4)
-def _load_data(config_json: str) -> ImageData:
-    return instantiate(json.loads(config_json), "data")
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` takes the GPU when there is one; raises `UsageError` for ``cuda`` without one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device=cuda: no CUDA device is available here; use device=cpu or device=auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def load_data(data: Part) -> ImageData:
+    """Load, or take from the cache, the images of a `data` group; raises `UsageError` where they are not there."""
+    return data.build(ImageData)

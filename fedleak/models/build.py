@@ -5,25 +5,25 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from fedleak.errors import UsageError
-from fedleak.instantiate import locate
+from fedleak.instantiate import Part, locate
 from fedleak.models.init import INITIALISATIONS, initialise
 from fedleak.models.layers import Normalize, RepeatChannels
 
 
-def build_model(config: Mapping[str, Any], image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
+def build_model(part: Part, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
     """Build, initialise and check the shared model. The same arguments give the same weights.
 
     Args:
-        config: ``_target_`` is the import path of a class or function that returns a `torch.nn.Module`; ``init``
-            (default ``default``) an initialisation; ``normalize`` null or {mean, std}; every other key is an argument
-            of the target. ``image_shape`` and ``classes`` (or ``num_classes``) are passed if the target takes them.
+        part: its target is the import path of a class or function that returns a `torch.nn.Module`; of its settings,
+            ``init`` (default ``default``) is an initialisation and ``normalize`` null or {mean, std}; every other one
+            is an argument. ``image_shape`` and ``classes`` (or ``num_classes``) are passed if the target takes them.
         image_shape: (C, H, W) of one image.
         classes: number of classes.
         seed: decides the weights. torch's global random state is left as it was.
@@ -35,13 +35,12 @@ def build_model(config: Mapping[str, Any], image_shape: tuple[int, int, int], cl
     Raises:
         UsageError: the target cannot be imported, refuses its arguments, or does not return such a model.
     """
-    settings: dict[str, Any] = _plain(config)
-    target = settings.pop("_target_", None)
+    settings, target = part.settings, part.target
     init = settings.pop("init", None) or "default"
     normalize = settings.pop("normalize", None)
     if init not in INITIALISATIONS:
         raise UsageError(f"model.init={init} is unknown; choose one of {', '.join(INITIALISATIONS)}")
-    factory = locate(target, "model")
+    factory = locate(target, part.key)
     arguments = _arguments(factory, target, settings, image_shape, classes)
 
     with torch.random.fork_rng(devices=[]):
@@ -59,15 +58,6 @@ def build_model(config: Mapping[str, Any], image_shape: tuple[int, int, int], cl
         model = _adapt(network, image_shape, normalize)
         _check(model, target, image_shape, classes)
     return model.train()
-
-
-def _plain(value: Any) -> Any:
-    """Config containers as dicts and lists, so that models get what they are documented to take."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _arguments(

@@ -3,7 +3,7 @@
 from fedleak.studies.base import Job, Results, Study, build_study, run_study
 from fedleak.studies.batch_size import BatchSize
 from fedleak.studies.biased_data import BiasedData
-from fedleak.studies.federations import Cells, cell_config, check_cells, run_cells
+from fedleak.studies.federations import Cells, cell_setup, check_cells, run_cells
 from fedleak.studies.first_defenses import FirstDefenses
 from fedleak.studies.fresh import FreshNetworks
 from fedleak.studies.idlg_table1 import IdlgTable1
@@ -25,7 +25,7 @@ __all__ = [
     "Rounds",
     "Study",
     "build_study",
-    "cell_config",
+    "cell_setup",
     "check_cells",
     "run_cells",
     "run_study",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import shlex
 import time
 from abc import ABC, abstractmethod
@@ -15,13 +13,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from fedleak import tensorfile
-from fedleak.config import Rule, parse, whole
+from fedleak.attacks import LabelInference
+from fedleak.config import Rule
 from fedleak.console import Console
+from fedleak.devices import device_name
 from fedleak.errors import UsageError
-from fedleak.federation.scenario import resolve_device
-from fedleak.instantiate import instantiate
-from fedleak.pipeline import device_name, versions, write_csv
+from fedleak.facts import versions
+from fedleak.outcome import write_csv, write_json
+from fedleak.setup import Setup, named
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Job:
     """What a study is given to work with.
 
     Attributes:
-        config: plain containers of the whole configuration; a study reads `data`, `model`, `seed`, `device`, …
+        setup: the whole configuration; a study reads `data`, `model`, `federation`, …
         overrides: as they were typed; the federations of a study are composed on top of them.
         folder: where everything goes.
         console: for progress.
     """
 
-    config: Mapping[str, Any]
+    setup: Setup
     overrides: Sequence[str] = ()
     folder: Path = field(default_factory=Path)
     console: Console = field(default_factory=lambda: Console(quiet=True))
@@ -43,16 +42,21 @@ class Job:
     @property
     def seed(self) -> int:
         """Decides every random choice."""
-        return int(self.config["seed"])
+        return self.setup.seed
 
     @property
     def device(self) -> torch.device:
         """Where to compute."""
-        return resolve_device(self.config["device"])
+        return self.setup.torch_device
 
     def results(self, name: str = "results.csv") -> Results:
         """An empty table of raw rows in this job's folder."""
         return Results(self.folder / name)
+
+    def methods(self, names: Sequence[str], key: str = "study.methods") -> dict[str, LabelInference]:
+        """Choices of ``attack/labels``, the user's own too; raises `UsageError` that says `key` where one is none."""
+        parts = named("attack/labels", names, self.overrides, key)
+        return {name: part.build(LabelInference) for name, part in parts.items()}
 
 
 class Study(ABC):
@@ -97,50 +101,9 @@ class Results:
         return pd.DataFrame(self.rows)
 
 
-def study_settings(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any] | None:
-    """The settings of a config's study, the short ones where `quick` says so; None for a plain run.
-
-    Args:
-        config: plain containers.
-        overrides: as typed; a setting given there is kept whatever `quick` says.
-
-    Raises:
-        UsageError: no study to make short, or an unknown setting.
-    """
-    node = config["study"]
-    if node is None:
-        if config["quick"]:
-            raise UsageError(
-                "quick=true: shortens a study, and there is none here; choose one, such as "
-                "experiment=label_inference, or leave quick=false"
-            )
-        return None
-    if not isinstance(node, Mapping) or "_target_" not in node:
-        raise UsageError(f"study={node}: must be a _target_ with its settings; choose one by experiment=NAME")
-    settings = {key: value for key, value in node.items() if key != "quick"}
-    small = node.get("quick") or {}
-    for key in small:
-        if key not in settings:
-            close = difflib.get_close_matches(key, list(settings), 1)
-            mend = f"did you mean study.quick.{close[0]}?" if close else "name a setting of the study"
-            raise UsageError(f"study.quick.{key}: unknown key; {mend}")
-    if config["quick"]:
-        given = [override.key_or_group for override in parse(overrides)]
-        for key, value in small.items():
-            if not any(name == f"study.{key}" or name.startswith(f"study.{key}.") for name in given):
-                settings[key] = value
-    return settings
-
-
-def build_study(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Study | None:
-    """The study of a config, or None for a plain run; raises `UsageError` for settings that it refuses."""
-    settings = study_settings(config, overrides)
-    if settings is None:
-        return None
-    study = instantiate(settings, "study")
-    if not isinstance(study, Study):
-        raise UsageError(f"study._target_={settings['_target_']}: gives no fedleak.studies.Study; name a subclass")
-    return study
+def build_study(setup: Setup) -> Study | None:
+    """The study of a setup, or None for a plain run; raises `UsageError` for settings that it refuses."""
+    return None if setup.study is None else setup.study.build(Study)
 
 
 def run_study(study: Study, job: Job, command: Sequence[str] = ()) -> pd.DataFrame:
@@ -152,27 +115,18 @@ def run_study(study: Study, job: Job, command: Sequence[str] = ()) -> pd.DataFra
         "study": type(study).__name__,
         "command": shlex.join(command),
         "seed": job.seed,
-        "quick": job.config["quick"],
+        "quick": job.setup.quick,
         "seconds": round(time.perf_counter() - began, 3),
         "device": device_name(job.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "settings": study_settings(job.config, job.overrides),
+        "settings": None if job.setup.study is None else job.setup.study.node,
     }
-    tensorfile.write_atomically(job.folder / "study.json", (json.dumps(facts, indent=2) + "\n").encode())
+    write_json(facts, job.folder / "study.json")
     return table
 
 
-def list_of(least: int) -> Rule:
-    """A list of whole numbers from `least`, at least one."""
-    one = whole(least)
-    return Rule(
-        lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(one.test, v)),
-        f"a list of whole numbers from {least}",
-    )
-
-
-def require(key: str, value: Any, rule: Rule) -> None:
-    """Raise `UsageError` naming study.key, its value and the mend unless `rule` holds."""
+def require(name: str, value: Any, rule: Rule, key: str = "study") -> None:
+    """Raise `UsageError` naming the setting, its value and the mend unless `rule` holds."""
     if not rule.test(value):
-        raise UsageError(f"study.{key}={value}: must be {rule.mend}")
+        raise UsageError(f"{key}.{name}={value}: must be {rule.mend}")

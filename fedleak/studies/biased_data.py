@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +12,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fedleak.config import Rule, whole
+from fedleak.config import NAMES, Rule, whole
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal
-from fedleak.pipeline import build_attack, write_csv
+from fedleak.outcome import write_csv
 from fedleak.report.pictures import reconstructions_png
 from fedleak.studies.base import Job, Study, require
-from fedleak.studies.captured import (
-    attack_images,
-    attack_labels,
-    check_federations,
-    image_summary,
-    label_summary,
-    load_captured,
-    load_methods,
-    without_attack,
-)
-from fedleak.studies.federations import cell_config, run_cells
-from fedleak.studies.labels import CONTROL, OURS
+from fedleak.studies.captured import check_federations, run_and_attack
+from fedleak.studies.summaries import by_group, image_summary, label_summary, look, spread
 
 KEYS = ["federation", "partition"]
 
@@ -38,6 +29,7 @@ _overrides = Rule(
 )
 
 
+@dataclass
 class BiasedData(Study):
     """Federations × partitions × seeds: labels by several methods, images, and the test accuracy at the end.
 
@@ -52,63 +44,50 @@ class BiasedData(Study):
         seeds: repetitions, from the configuration's seed on.
     """
 
-    def __init__(
-        self,
-        federations: Mapping[str, Sequence[str]],
-        partitions: Mapping[str, Sequence[str]],
-        moments: Mapping[str, Sequence[int]],
-        victims: int,
-        methods: Sequence[str],
-        seeds: int,
-    ) -> None:
-        require("federations", federations, _overrides)
-        require("partitions", partitions, _overrides)
-        require("victims", victims, whole(1))
-        require("seeds", seeds, whole(1))
-        for name in moments:
-            if name not in federations:
-                raise UsageError(f"study.moments.{name}: no such federation here; known: {', '.join(federations)}")
-        self.federations = federations
-        self.partitions = partitions
-        self.moments = moments
-        self.victims = victims
-        self.methods = load_methods(methods)
-        self.seeds = seeds
+    federations: Mapping[str, Sequence[str]]
+    partitions: Mapping[str, Sequence[str]]
+    moments: Mapping[str, Sequence[int]]
+    victims: int
+    methods: Sequence[str]
+    seeds: int
+
+    def __post_init__(self) -> None:
+        require("federations", self.federations, _overrides)
+        require("partitions", self.partitions, _overrides)
+        require("victims", self.victims, whole(1))
+        require("seeds", self.seeds, whole(1))
+        require("methods", self.methods, NAMES)
+        for name in self.moments:
+            if name not in self.federations:
+                known = ", ".join(self.federations)
+                raise UsageError(f"study.moments.{name}: no such federation here; known: {known}")
 
     def check(self, job: Job) -> None:
         """The federations can run, and the attack and the methods take their updates."""
-        check_federations(job, self._cells(job), self.methods)
+        check_federations(job, self._cells(job), job.methods(self.methods))
 
     def run(self, job: Job) -> pd.DataFrame:
         """Write ``labels.csv``, ``images.csv``, ``utility.csv``, their summaries, and the pictures."""
-        attack = build_attack(job.config)
-        assert attack is not None  # checked before
         labels, images, utility = job.results("labels.csv"), job.results("images.csv"), job.results("utility.csv")
-        places, cells = self._places(job), self._cells(job)
-        for name, outcome in run_cells(without_attack(job), cells):
-            config = cell_config(without_attack(job), cells[name])
-            federation, partition, seed = places[name]
+        places = self._places(job)
+        moments = {name: self.moments.get(federation, ()) for name, (federation, _, _) in places.items()}
+        for done in run_and_attack(job, self._cells(job), job.methods(self.methods), moments, self.victims):
+            federation, partition, seed = places[done.name]
             where = {"federation": federation, "partition": partition, "seed": seed}
-            captured = load_captured(config, outcome.folder)
-            classes = [len(truth.labels.unique()) for truth in captured.truths]
-            accuracy = outcome.summary["final_test_accuracy"]
+            classes = [len(truth.labels.unique()) for truth in done.captured.truths]
+            accuracy = done.outcome.summary["final_test_accuracy"]
             utility.add([{**where, "test_accuracy": accuracy, "classes_per_update": np.mean(classes)}])
-            labels.add({**where, **row} for row in attack_labels(captured, self.methods, seed))
-            if federation not in self.moments:
-                continue
-            victims = captured.some(self.moments[federation], self.victims)
-            with job.console.attack(attack.name, len(victims.observations)) as on_progress:
-                matches = attack_images(victims, attack, device=job.device, seed=seed, on_progress=on_progress)
-            images.add({**where, **match.row()} for match in matches)
-            if seed == job.seed:
+            labels.add({**where, **row} for row in done.labels)
+            if done.matches:
+                images.add({**where, **match.row()} for match in done.matches)
+            if done.matches and seed == job.seed:
+                picture = f"{federation} {partition}.png".replace(" ", "_")
                 title = f"What the server rebuilt: {federation}, {partition} data"
-                reconstructions_png(
-                    job.folder / f"{federation} {partition}.png".replace(" ", "_"), matches, title=title
-                )
+                reconstructions_png(job.folder / picture, done.matches, title=title)
 
         by_label = label_summary(labels.frame, [*KEYS, "method"])
         by_image = image_summary(images.frame, KEYS) if images.rows else pd.DataFrame(columns=KEYS)
-        by_federation = _utility_summary(utility.frame)
+        by_federation = by_group(utility.frame, KEYS, _utility).round(4)
         write_csv(by_label, job.folder / "label_summary.csv")
         write_csv(by_image, job.folder / "image_summary.csv")
         write_csv(by_federation, job.folder / "utility_summary.csv")
@@ -133,17 +112,11 @@ class BiasedData(Study):
         }
 
 
-def _utility_summary(frame: pd.DataFrame) -> pd.DataFrame:
+def _utility(group: pd.DataFrame) -> dict[str, float]:
     """Mean final test accuracy with a 95% interval over seeds, and how many classes an update holds on average."""
-    rows = []
-    for key, group in frame.groupby(KEYS, sort=False):
-        low, high = normal(group["test_accuracy"])
-        rows.append(
-            dict(zip(KEYS, key, strict=True))
-            | {"runs": len(group), "test_accuracy": group["test_accuracy"].mean(), "low": low, "high": high}
-            | {"classes_per_update": group["classes_per_update"].mean()}
-        )
-    return pd.DataFrame(rows).round(4)
+    low, high = normal(group["test_accuracy"])
+    mean = {"runs": len(group), "test_accuracy": group["test_accuracy"].mean()}
+    return mean | {"low": low, "high": high, "classes_per_update": group["classes_per_update"].mean()}
 
 
 def _draw(utility: pd.DataFrame, labels: pd.DataFrame, images: pd.DataFrame, path: Path) -> None:
@@ -176,9 +149,10 @@ def _bars(axes: Axes, table: pd.DataFrame, series: str, value: str) -> None:
     for i, name in enumerate(names):
         part = table[table[series] == name].set_index("partition").reindex(partitions)
         places = np.arange(len(partitions)) + (i - (len(names) - 1) / 2) * width
-        spread = [(part[value] - part["low"]).clip(lower=0), (part["high"] - part[value]).clip(lower=0)]
-        color = {OURS: "#c2410c", CONTROL: "0.7"}.get(name) or f"C{(0, 1, 2, 4, 5, 6, 8, 9)[i % 8]}"
-        axes.bar(places, part[value], width, yerr=spread, color=color, label=name, error_kw={"linewidth": 0.9})
+        color, _ = look(name, f"C{(0, 1, 2, 4, 5, 6, 8, 9)[i % 8]}")
+        axes.bar(
+            places, part[value], width, yerr=spread(part, value), color=color, label=name, error_kw={"linewidth": 0.9}
+        )
     axes.set_xticks(range(len(partitions)), partitions)
     axes.set_ylim(0, 1.05)
     axes.grid(axis="y", alpha=0.25)

@@ -9,24 +9,28 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fedleak import pipeline
-from fedleak.attacks import Attack
-from fedleak.config import check, compose_config, plain
+from fedleak.attacks import Attack, Updates
+from fedleak.config import compose_config, plain
 from fedleak.errors import UsageError
-from fedleak.pipeline import Outcome
+from fedleak.outcome import Outcome
+from fedleak.setup import Setup, read
 from fedleak.studies.base import Job
-from fedleak.threat import ThreatModel
 
 Cells = Mapping[str, Sequence[str]]
 """A cell's name, which is its folder's, -> overrides on top of the user's: ``{"noise": ["defense=gaussian"]}``."""
 
 
-def cell_config(job: Job, changes: Sequence[str]) -> dict[str, Any]:
-    """The configuration of one federation: what the user typed, then `changes`."""
+def cell_setup(job: Job, changes: Sequence[str]) -> Setup:
+    """One federation: what the user typed, then `changes`."""
+    return read(_compose(job, changes))
+
+
+def _compose(job: Job, changes: Sequence[str]) -> dict[str, Any]:
     return plain(compose_config([*job.overrides, *changes])) | {"study": None, "quick": False}
 
 
-def cell_attack(job: Job, key: str, changes: Sequence[str]) -> tuple[Attack, ThreatModel]:
-    """The attack of one cell and what it is granted.
+def cell_attack(job: Job, key: str, changes: Sequence[str]) -> tuple[Attack, Setup]:
+    """The attack of one cell, and the cell.
 
     Args:
         job: the study's.
@@ -36,21 +40,22 @@ def cell_attack(job: Job, key: str, changes: Sequence[str]) -> tuple[Attack, Thr
     Raises:
         UsageError: there is no attack, or it cannot be used on such a federation.
     """
-    config = cell_config(job, changes)
-    check(config)
-    attack = pipeline.build_attack(config)
+    setup = cell_setup(job, changes)
+    attack = setup.attack.build()
     if attack is None:
         raise UsageError(f"{key}: attacks nothing; choose an attack, see fedleak list")
-    pipeline.check_attack(attack, config)
-    return attack, ThreatModel(**config["threat"])
+    if not isinstance(attack.view, Updates):
+        raise UsageError(f"{key}: its updates are of clients that share no model; leave attack.view out")
+    setup.check_attack(attack)
+    return attack, setup
 
 
-def check_cells(job: Job, cells: Cells) -> None:
-    """Raise `UsageError` for the first federation that is refused, before any runs."""
+def check_cells(job: Job, cells: Cells) -> Iterator[Setup]:
+    """Every federation, before any runs; raises `UsageError` for one that is refused."""
     for changes in cells.values():
-        config = cell_config(job, changes)
-        check(config)
-        pipeline.prepare(config)
+        setup = cell_setup(job, changes)
+        pipeline.prepare(setup)
+        yield setup
 
 
 def run_cells(job: Job, cells: Cells) -> Iterator[tuple[str, Outcome]]:
@@ -59,13 +64,13 @@ def run_cells(job: Job, cells: Cells) -> Iterator[tuple[str, Outcome]]:
     A folder holds what a plain run's does, so that ``fedleak attack run_dir=`` and ``fedleak report`` take it.
     """
     for number, (name, changes) in enumerate(cells.items(), 1):
-        config, folder = cell_config(job, changes), job.folder / name
+        config, folder = _compose(job, changes), job.folder / name
         job.console.headline(f"{number} of {len(cells)}: {name}")
         began = time.perf_counter()
         command = [*job.overrides, *changes]
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(config), folder / ".hydra" / "config.yaml")
         OmegaConf.save(OmegaConf.create(command), folder / ".hydra" / "overrides.yaml")
-        outcome = pipeline.run(config, folder, job.console, ["fedleak", "run", *command])
+        outcome = pipeline.run(read(config), folder, job.console, ["fedleak", "run", *command])
         job.console.headline(f"{name}: {time.perf_counter() - began:.0f} s")
         yield name, outcome

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal, wilson
 from fedleak.evaluation.metrics import mse, psnr, ssim
 from fedleak.evaluation.scores import Match, match
-from fedleak.pipeline import write_csv
+from fedleak.outcome import write_csv
 from fedleak.report.pictures import pixels
 from fedleak.seeding import generator
 from fedleak.studies.base import Job, Study, require
-from fedleak.studies.captured import image_summary
+from fedleak.studies.captured import Captured
 from fedleak.studies.federations import cell_attack, check_cells, run_cells
-from fedleak.studies.fresh import Victims, draw_victims
+from fedleak.studies.fresh import draw_victims
 from fedleak.studies.named_data import load_named
+from fedleak.studies.summaries import by_group, image_summary, spread
 from fedleak.threat import ThreatModel
 
 KEYS = ["attack", "defense", "strength"]
@@ -51,6 +52,7 @@ class PureNoise(Defense):
         }
 
 
+@dataclass
 class FirstDefenses(Study):
     """Attacks on single defended images, a fresh network each, and the test accuracy of defended federations.
 
@@ -68,46 +70,38 @@ class FirstDefenses(Study):
         seeds: federations for each strength, from the configuration's seed on.
     """
 
-    def __init__(
-        self,
-        attacks: Mapping[str, Sequence[str]],
-        gaussian: Sequence[float],
-        laplacian: Sequence[float],
-        pruning: Sequence[float],
-        victims: int,
-        leak_data: str,
-        utility_data: str,
-        roots: Mapping[str, str | None],
-        rounds: int,
-        seeds: int,
-    ) -> None:
-        self.strengths = {"gaussian": gaussian, "laplacian": laplacian, "pruning": pruning}
-        for name, strengths in self.strengths.items():
-            require(name, strengths, _strengths)
-        for key, value in (("victims", victims), ("rounds", rounds), ("seeds", seeds)):
-            require(key, value, whole(1))
-        for ratio in pruning:
+    attacks: Mapping[str, Sequence[str]]
+    gaussian: Sequence[float]
+    laplacian: Sequence[float]
+    pruning: Sequence[float]
+    victims: int
+    leak_data: str
+    utility_data: str
+    roots: Mapping[str, str | None]
+    rounds: int
+    seeds: int
+
+    def __post_init__(self) -> None:
+        for name in OVERRIDES:
+            require(name, getattr(self, name), _strengths)
+        for name in ("victims", "rounds", "seeds"):
+            require(name, getattr(self, name), whole(1))
+        for ratio in self.pruning:
             if ratio >= 1:
                 raise UsageError(f"study.pruning={ratio}: must be below 1, the fraction to zero")
-        self.attacks = attacks
-        self.victims = victims
-        self.leak_data = leak_data
-        self.utility_data = utility_data
-        self.roots = roots
-        self.rounds = rounds
-        self.seeds = seeds
 
     def check(self, job: Job) -> None:
         """The data are there, the attacks can be made of their overrides, and the federations can run."""
-        load_named([self.leak_data], self.roots)
+        load_named([self.leak_data], self.roots, job.overrides)
         for name in self.attacks:
             self._attack(job, name)
-        check_cells(job, self._cells(job))
+        for _ in check_cells(job, self._cells(job)):
+            pass
 
     def run(self, job: Job) -> pd.DataFrame:
         """Write ``results.csv``, ``utility.csv``, ``summary.csv`` and the pictures."""
-        data = load_named([self.leak_data], self.roots)[self.leak_data]
-        clean = draw_victims(data, job.config["model"], range(self.victims), 1, ThreatModel(), job.seed)
+        data = load_named([self.leak_data], self.roots, job.overrides)[self.leak_data]
+        clean = draw_victims(data, job.setup.model, range(self.victims), 1, ThreatModel(), job.seed)
         defended, changes = self._defended(clean, job.seed)
         labelled = self._defenses()
         results = job.results()
@@ -148,13 +142,13 @@ class FirstDefenses(Study):
     def _defenses(self) -> list[tuple[str, float, Defense]]:
         """(name, strength, defense) of every column of the study, the clean update and the control among them."""
         made: list[tuple[str, float, Defense]] = [(CLEAN, 0.0, NoDefense())]
-        made += [("gaussian", std, Gaussian(std)) for std in self.strengths["gaussian"]]
+        made += [("gaussian", std, Gaussian(std)) for std in self.gaussian]
         # A Laplacian's standard deviation is √2 times its scale: equal numbers mean equal noise.
-        made += [("laplacian", std, Laplacian(std / 2**0.5)) for std in self.strengths["laplacian"]]
-        made += [("pruning", ratio, Pruning(ratio)) for ratio in self.strengths["pruning"]]
+        made += [("laplacian", std, Laplacian(std / 2**0.5)) for std in self.laplacian]
+        made += [("pruning", ratio, Pruning(ratio)) for ratio in self.pruning]
         return [*made, (CONTROL, 1.0, PureNoise())]
 
-    def _defended(self, clean: Victims, seed: int) -> tuple[Victims, list[float]]:
+    def _defended(self, clean: Captured, seed: int) -> tuple[Captured, list[float]]:
         """Every victim's update under every defense, numbered as clients, and the relative ℓ2 distance it was moved."""
         observations: list[Observation] = []
         truths, changes = [], []
@@ -201,7 +195,7 @@ def _norm(update: Mapping[str, Tensor]) -> float:
     return float(sum(float(value.double().square().sum()) for value in update.values())) ** 0.5
 
 
-def _guesses(victims: Victims, classes: int, seed: int) -> list[dict[str, Any]]:
+def _guesses(victims: Captured, classes: int, seed: int) -> list[dict[str, Any]]:
     """What is worth nothing: a grey image with a random label."""
     rows = []
     for truth in victims.truths:
@@ -217,24 +211,20 @@ def _guesses(victims: Victims, classes: int, seed: int) -> list[dict[str, Any]]:
 
 def _summarise(results: pd.DataFrame, utility: pd.DataFrame) -> pd.DataFrame:
     """A row an attack and strength: leakage with 95% intervals over victims, test accuracy over seeds."""
-    costs = []
-    for (defense, strength), group in utility.groupby(["defense", "strength"], sort=False):
+
+    def cost(group: pd.DataFrame) -> dict[str, float]:
         low, high = normal(group["test_accuracy"])
-        costs.append(
-            {"defense": defense, "strength": strength, "test_accuracy": round(group["test_accuracy"].mean(), 4)}
-            | {"accuracy_low": round(low, 4), "accuracy_high": round(high, 4)}
-        )
-    labels = []
-    for key, group in results.groupby(KEYS, sort=False):
+        return {"test_accuracy": group["test_accuracy"].mean(), "accuracy_low": low, "accuracy_high": high}
+
+    def leak(group: pd.DataFrame) -> dict[str, float]:
         share = float(group["label_right"].astype(float).mean())
         low, high = wilson(share, len(group))
-        labels.append(
-            dict(zip(KEYS, key, strict=True))
-            | {"label_accuracy": round(share, 4), "label_low": round(low, 4), "label_high": round(high, 4)}
-            | {"change": float(f"{group['change'].median():.4g}"), "evaluations": group["evaluations"].median()}
-        )
-    table = pd.DataFrame(labels).merge(image_summary(results, KEYS), on=KEYS)
-    return table.merge(pd.DataFrame(costs), on=["defense", "strength"], how="left")
+        labels = {"label_accuracy": round(share, 4), "label_low": round(low, 4), "label_high": round(high, 4)}
+        change, evaluations = group["change"].median(), group["evaluations"].median()
+        return labels | {"change": float(f"{change:.4g}"), "evaluations": evaluations}
+
+    table = by_group(results, KEYS, leak).merge(image_summary(results, KEYS), on=KEYS)
+    return table.merge(by_group(utility, KEYS[1:], cost).round(4), on=KEYS[1:], how="left")
 
 
 def _short(defense: str, strength: float) -> str:
@@ -282,16 +272,16 @@ def _draw(summary: pd.DataFrame, leak_data: str, utility_data: str, path: Path) 
             mine, shifted = part[part["attack"] == attack], places + 0.12 * (i - (len(attacks) - 1) / 2)
             look = {"marker": "o", "markersize": 4, "capsize": 2, "color": colors[attack]}
             above.errorbar(
-                shifted, mine["recovered"], _spread(mine, "recovered", "low", "high"),
+                shifted, mine["recovered"], spread(mine, "recovered", "low", "high"),
                 label=f"{attack}: images recovered", **look,
             )  # fmt: skip
             above.errorbar(
-                shifted, mine["label_accuracy"], _spread(mine, "label_accuracy", "label_low", "label_high"),
+                shifted, mine["label_accuracy"], spread(mine, "label_accuracy", "label_low", "label_high"),
                 linestyle=":", label=f"{attack}: labels right", **look,
             )  # fmt: skip
-            below.errorbar(shifted, mine["psnr"], _spread(mine, "psnr", "psnr_low", "psnr_high"), **look)
+            below.errorbar(shifted, mine["psnr"], spread(mine, "psnr", "psnr_low", "psnr_high"), **look)
         above.errorbar(
-            places, first["test_accuracy"], _spread(first, "test_accuracy", "accuracy_low", "accuracy_high"),
+            places, first["test_accuracy"], spread(first, "test_accuracy", "accuracy_low", "accuracy_high"),
             color="#1d4ed8", marker="s", markersize=4, linewidth=2, capsize=2, label=f"test accuracy on {utility_data}",
         )  # fmt: skip
         below.axhline(guess["psnr"], color="0.5", linestyle=":", linewidth=1)
@@ -306,7 +296,3 @@ def _draw(summary: pd.DataFrame, leak_data: str, utility_data: str, path: Path) 
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(f"What defenses stop on {leak_data} images, and what they cost (bars: 95% intervals)")
     figure.savefig(path, dpi=100)
-
-
-def _spread(table: pd.DataFrame, value: str, low: str, high: str) -> list[pd.Series]:
-    return [(table[value] - table[low]).clip(lower=0), (table[high] - table[value]).clip(lower=0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -12,55 +12,32 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks import Attack, Knowledge, Progress, Reconstruction, StopReason
-from fedleak.capture import Observation
-from fedleak.config import Rule, whole
+from fedleak.config import Rule, list_of, whole
 from fedleak.data import ImageData, to_float
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal, of_median, wilson
-from fedleak.evaluation.label_study import ClientPlan, client_update, draw_batch
+from fedleak.evaluation.label_study import ONE_STEP, client_update, draw_batch
 from fedleak.evaluation.metrics import label_accuracy, labels_exact
 from fedleak.evaluation.scores import match
 from fedleak.federation.scenario import load_data
+from fedleak.instantiate import Part
 from fedleak.models import build_model
-from fedleak.pipeline import write_csv
+from fedleak.outcome import write_csv
 from fedleak.seeding import derive_seed, generator
-from fedleak.studies.base import Job, Study, list_of, require
+from fedleak.studies.base import Job, Study, require
+from fedleak.studies.captured import Captured
 from fedleak.studies.federations import cell_attack
 from fedleak.studies.named_data import load_named
+from fedleak.studies.summaries import by_group
 from fedleak.threat import ThreatModel
 from fedleak.truth import Truth
 
 CHUNK = 50
 """Networks attacked in one call; their rows are on disk before the next ones are drawn."""
 
-
-SHOWN = (
-    "data",
-    "attack",
-    "batch_size",
-    "networks",
-    "label_accuracy",
-    "recovered",
-    "converged",
-    "blown_up",
-    "median_mse",
-)
+SHOWN = ["data", "attack", "batch_size", "networks", "label_accuracy", "recovered"]
+SHOWN += ["converged", "blown_up", "median_mse"]
 """Columns of the summary for the terminal."""
-
-
-@dataclass(frozen=True)
-class Victims:
-    """Clients with a fresh network and one private batch each.
-
-    Attributes:
-        knowledge: what the attacker holds besides its observations.
-        observations: what the server sees, one a client; the network's number plus one is the round.
-        truths: what the judgement compares with.
-    """
-
-    knowledge: Knowledge
-    observations: list[Observation]
-    truths: list[Truth]
 
 
 @dataclass(frozen=True)
@@ -74,14 +51,14 @@ class Cell:
 
 
 def draw_victims(
-    data: ImageData, model: Mapping[str, Any], networks: Sequence[int], batch_size: int, threat: ThreatModel, seed: int
-) -> Victims:
-    """Fresh networks by their numbers, and one update of each.
+    data: ImageData, model: Part, networks: Sequence[int], batch_size: int, threat: ThreatModel, seed: int
+) -> Captured:
+    """Fresh networks by their numbers, and one update of each; its round is the number plus one.
 
     A network and its batch depend on (seed, data set, batch size, number) only: other attacks meet the same ones.
     """
     observations, truths = [], []
-    plan = ClientPlan(per_sample=threat.per_sample_gradients)
+    training = replace(ONE_STEP, per_sample=threat.per_sample_gradients)
     for number in networks:
         network = build_model(
             model, data.image_shape, data.classes, derive_seed(seed, "model", data.name, batch_size, number)
@@ -89,9 +66,9 @@ def draw_victims(
         random = generator(seed, "batch", data.name, batch_size, number)
         chosen = draw_batch(data.train_labels, batch_size, "iid", random)
         images, labels = to_float(data.train_images[chosen]), data.train_labels[chosen]
-        observations.append(client_update(network, images, labels, plan, run=number, batch_size=batch_size))
+        observations.append(client_update(network, images, labels, training, run=number))
         truths.append(Truth(number + 1, 0, images, labels))
-    return Victims(Knowledge(network, data.image_shape, data.classes, threat), observations, truths)
+    return Captured(Knowledge(network, data.image_shape, data.classes, threat), observations, truths)
 
 
 def judge(reconstruction: Reconstruction, truth: Truth) -> dict[str, Any]:
@@ -123,6 +100,7 @@ def blown_up(trace: Sequence[tuple[int, float]]) -> bool | None:
     return not trace[-1][1] < trace[0][1] if len(trace) > 1 else None
 
 
+@dataclass
 class FreshNetworks(Study):
     """Attacks on fresh networks. A subclass draws the pictures, and says what else the summary should hold.
 
@@ -137,39 +115,34 @@ class FreshNetworks(Study):
         fewer: data set -> attack -> networks, where `networks` would take too long.
     """
 
-    def __init__(
-        self,
-        attacks: Mapping[str, Sequence[str]],
-        networks: int | Sequence[int],
-        batch_sizes: Sequence[int] = (1,),
-        datasets: Sequence[str] | None = None,
-        roots: Mapping[str, str | None] | None = None,
-        fewer: Mapping[str, Mapping[str, int] | None] | None = None,
-    ) -> None:
-        require("batch_sizes", batch_sizes, list_of(1))
-        require("networks", networks, whole(1) if isinstance(networks, int) else list_of(1))
-        counts = [networks] * len(batch_sizes) if isinstance(networks, int) else networks
-        if len(counts) != len(batch_sizes):
-            raise UsageError(f"study.networks={networks}: must be one number, or one for each of {batch_sizes}")
+    attacks: Mapping[str, Sequence[str]]
+    networks: int | Sequence[int]
+    batch_sizes: Sequence[int] = (1,)
+    datasets: Sequence[str] | None = None
+    roots: Mapping[str, str | None] | None = None
+    fewer: Mapping[str, Mapping[str, int] | None] | None = None
+
+    def __post_init__(self) -> None:
+        require("batch_sizes", self.batch_sizes, list_of(1))
+        require("networks", self.networks, whole(1) if isinstance(self.networks, int) else list_of(1))
+        if not isinstance(self.networks, int) and len(self.networks) != len(self.batch_sizes):
+            raise UsageError(
+                f"study.networks={self.networks}: must be one number, or one for each of {self.batch_sizes}"
+            )
         named = Rule(lambda v: v is None or (isinstance(v, list) and len(v) > 0), "a list of choices of data")
-        require("datasets", datasets, named)
-        self.fewer = {data: by_attack or {} for data, by_attack in (fewer or {}).items()}
-        for data, counted in self.fewer.items():
-            for attack, count in counted.items():
+        require("datasets", self.datasets, named)
+        for data, counted in (self.fewer or {}).items():
+            for attack, count in (counted or {}).items():
                 require(f"fewer.{data}.{attack}", count, whole(1))
-                if attack not in attacks:
-                    raise UsageError(f"study.fewer.{data}.{attack}: no such attack here; known: {', '.join(attacks)}")
-        self.attacks = attacks
-        self.batch_sizes = batch_sizes
-        self.networks = counts
-        self.datasets = datasets
-        self.roots = roots or {}
+                if attack not in self.attacks:
+                    known = ", ".join(self.attacks)
+                    raise UsageError(f"study.fewer.{data}.{attack}: no such attack here; known: {known}")
 
     def check(self, job: Job) -> None:
         """The data are there, and every attack can be made of its overrides and takes the batches."""
         data = self._data(job)
         for name in data:
-            build_model(job.config["model"], data[name].image_shape, data[name].classes, 0)
+            build_model(job.setup.model, data[name].image_shape, data[name].classes, 0)
         for name in self.attacks:
             for batch_size in self.batch_sizes:
                 self._attack(job, name, batch_size)
@@ -193,29 +166,27 @@ class FreshNetworks(Study):
         Wilson's for shares of networks, from standard errors for means over batches, from the order of the values for
         medians. `labels_exact`, `converged` and `blown_up` are shares of networks, `recovered` of images.
         """
-        rows = []
-        for key, cell in frame.groupby(["data", "attack", "batch_size"], sort=False):
-            row: dict[str, Any] = dict(zip(("data", "attack", "batch_size"), key, strict=True))
-            row["networks"] = runs = len(cell)
-            imaged = bool(cell["mse"].notna().any())
+
+        def row(cell: pd.DataFrame) -> dict[str, Any]:
+            values: dict[str, Any] = {"networks": len(cell)}
+            single, imaged = bool((cell["batch_size"] == 1).all()), bool(cell["mse"].notna().any())
             shares = {"labels_exact": cell["labels_exact"]}
+            means = {name: cell[name] for name in ("label_accuracy", "last_label_accuracy")}
             if imaged:
                 shares["converged"] = cell["stop_reason"] == StopReason.CONVERGED
                 shares["blown_up"] = cell["blown_up"].dropna()
-            means = {name: cell[name] for name in ("label_accuracy", "last_label_accuracy")}
-            if imaged:
                 means["recovered"] = cell["recovered"]
-            for name, values in (means | shares).items():
-                share = name in shares or row["batch_size"] == 1
-                mean = float(values.astype(float).mean())
-                low, high = wilson(mean, runs) if share else normal(values.astype(float))
-                row |= {name: mean, f"{name}_low": max(0.0, low), f"{name}_high": min(1.0, high)}
+            for name, measured in (means | shares).items():
+                mean = float(measured.astype(float).mean())
+                share = name in shares or single
+                low, high = wilson(mean, len(cell)) if share else normal(measured.astype(float))
+                values |= {name: mean, f"{name}_low": max(0.0, low), f"{name}_high": min(1.0, high)}
             if imaged:
                 low, high = of_median(cell["mse"])
-                row |= {"median_mse": cell["mse"].median(), "median_mse_low": low, "median_mse_high": high}
-            row |= {"median_evaluations": cell["evaluations"].median(), "seconds": cell["seconds"].sum()}
-            rows.append(row)
-        summary = pd.DataFrame(rows)
+                values |= {"median_mse": cell["mse"].median(), "median_mse_low": low, "median_mse_high": high}
+            return values | {"median_evaluations": cell["evaluations"].median(), "seconds": cell["seconds"].sum()}
+
+        summary = by_group(frame, ["data", "attack", "batch_size"], row)
         return summary.apply(lambda column: column.map(_short) if column.dtype == float else column)
 
     @abstractmethod
@@ -224,21 +195,23 @@ class FreshNetworks(Study):
 
     def cells(self, data: Mapping[str, ImageData]) -> Iterator[Cell]:
         """Every point of the study, data set by data set, the attacks in turn, small batches first."""
+        counts = [self.networks] * len(self.batch_sizes) if isinstance(self.networks, int) else self.networks
         for name in data:
+            fewer = (self.fewer or {}).get(name) or {}
             for attack in self.attacks:
-                for batch_size, networks in zip(self.batch_sizes, self.networks, strict=True):
-                    most = self.fewer.get(name, {}).get(attack, networks)
-                    yield Cell(name, attack, batch_size, min(most, networks))
+                for batch_size, networks in zip(self.batch_sizes, counts, strict=True):
+                    yield Cell(name, attack, batch_size, min(fewer.get(attack, networks), networks))
 
     def _data(self, job: Job) -> dict[str, ImageData]:
         if self.datasets is None:
-            data = load_data(job.config["data"])
+            data = load_data(job.setup.data)
             return {data.name: data}
-        return load_named(self.datasets, self.roots)
+        return load_named(self.datasets, self.roots or {}, job.overrides)
 
     def _attack(self, job: Job, name: str, batch_size: int) -> tuple[Attack, ThreatModel]:
         overrides = [*self.attacks[name], f"federation.batch_size={batch_size}", "federation=fedsgd"]
-        return cell_attack(job, f"study.attacks.{name}", overrides)
+        attack, setup = cell_attack(job, f"study.attacks.{name}", overrides)
+        return attack, setup.threat
 
     def _attacked(
         self, job: Job, data: ImageData, cell: Cell, advance: Callable[[int, str], None]
@@ -248,7 +221,7 @@ class FreshNetworks(Study):
         what = f"{cell.attack} on {cell.data}, batch size {cell.batch_size}"
         for first in range(0, cell.networks, CHUNK):
             numbers = range(first, min(first + CHUNK, cell.networks))
-            victims = draw_victims(data, job.config["model"], numbers, cell.batch_size, threat, job.seed)
+            victims = draw_victims(data, job.setup.model, numbers, cell.batch_size, threat, job.seed)
 
             def tell(state: Progress, first: int = first) -> None:
                 advance(0, f"{what}: {first + state.done} done, {state.evaluations_per_second:,.0f}/s")

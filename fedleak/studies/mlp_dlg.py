@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fedleak.config import list_of
 from fedleak.evaluation.intervals import of_median
 from fedleak.evaluation.metrics import RECOVERED_MSE
-from fedleak.studies.base import Job, list_of, require
+from fedleak.studies.base import Job, require
 from fedleak.studies.fresh import FreshNetworks
 
 LEAST_MSE = 1e-16

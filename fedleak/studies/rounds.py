@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fedleak.config import Rule, whole
+from fedleak.config import NAMES, list_of, whole
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal
 from fedleak.evaluation.scores import Match
-from fedleak.federation.rounds import is_due
-from fedleak.pipeline import build_attack, write_csv
+from fedleak.outcome import write_csv
 from fedleak.report.pictures import reconstructions_png
+from fedleak.rounds import is_due
 from fedleak.studies.base import Job, Study, require
-from fedleak.studies.captured import (
-    attack_images,
-    attack_labels,
-    check_federations,
-    image_summary,
-    label_summary,
-    load_captured,
-    load_methods,
-    without_attack,
-)
-from fedleak.studies.federations import cell_config, run_cells
-from fedleak.studies.labels import CONTROL, OURS
-
-_several = Rule(lambda v: isinstance(v, list) and len(v) > 0 and all(map(whole(1).test, v)), "a list of rounds from 1")
+from fedleak.studies.captured import check_federations, run_and_attack
+from fedleak.studies.summaries import OURS, by_group, image_summary, label_summary, look, spread
 
 
+@dataclass
 class Rounds(Study):
     """Labels and images at many moments of the same federation, with its test accuracy beside them.
 
@@ -46,53 +36,47 @@ class Rounds(Study):
         seeds: federations, from the configuration's seed on.
     """
 
-    def __init__(
-        self, rounds: int, every: int, moments: Sequence[int], clients: int, methods: Sequence[str], seeds: int
-    ) -> None:
-        for key, value in (("rounds", rounds), ("every", every), ("clients", clients), ("seeds", seeds)):
-            require(key, value, whole(1))
-        require("moments", moments, _several)
-        for moment in moments:
-            if moment > rounds or not is_due(moment, every):
-                raise UsageError(
-                    f"study.moments={moment}: not among the captured rounds 1, {1 + every}, … up to {rounds}; "
-                    "name others, or change study.every"
-                )
-        self.moments = sorted(set(moments))
-        self.clients = clients
-        self.methods = load_methods(methods)
-        often = [f"federation.{key}_every={every}" for key in ("capture", "evaluate")]
-        self.changes = [f"federation.rounds={rounds}", *often]
-        self.seeds = seeds
+    rounds: int
+    every: int
+    moments: Sequence[int]
+    clients: int
+    methods: Sequence[str]
+    seeds: int
+
+    def __post_init__(self) -> None:
+        for key in ("rounds", "every", "clients", "seeds"):
+            require(key, getattr(self, key), whole(1))
+        require("moments", self.moments, list_of(1))
+        require("methods", self.methods, NAMES)
+        for moment in self.moments:
+            if moment > self.rounds or not is_due(moment, self.every):
+                captured = f"1, {1 + self.every}, … up to {self.rounds}"
+                mend = "name others, or change study.every"
+                raise UsageError(f"study.moments={moment}: not among the captured rounds {captured}; {mend}")
 
     def check(self, job: Job) -> None:
         """The federations can run, and the attack and the methods take their updates."""
-        check_federations(job, self._cells(job), self.methods)
+        check_federations(job, self._cells(job), job.methods(self.methods))
 
     def run(self, job: Job) -> pd.DataFrame:
         """Write ``labels.csv``, ``images.csv``, ``accuracy.csv``, their summaries, and the pictures."""
-        attack = build_attack(job.config)
-        assert attack is not None  # checked before
         labels, images, accuracy = job.results("labels.csv"), job.results("images.csv"), job.results("accuracy.csv")
         first: list[Match] = []
         cells = self._cells(job)
-        for index, (name, outcome) in enumerate(run_cells(without_attack(job), cells)):
-            rounds = pd.read_csv(outcome.folder / "rounds.csv").dropna(subset=["test_accuracy"])
+        moments = dict.fromkeys(cells, self.moments)
+        for done in run_and_attack(job, cells, job.methods(self.methods), moments, self.clients):
+            where = {"federation": done.name}
+            rounds = pd.read_csv(done.outcome.folder / "rounds.csv").dropna(subset=["test_accuracy"])
             course = rounds[["round", "test_accuracy"]].itertuples(index=False)
-            accuracy.add({"federation": name, "round": number, "test_accuracy": share} for number, share in course)
-            captured = load_captured(cell_config(without_attack(job), cells[name]), outcome.folder)
-            seed = job.seed + index
-            labels.add({"federation": name, **row} for row in attack_labels(captured, self.methods, seed))
-            victims = captured.some(self.moments, self.clients)
-            with job.console.attack(attack.name, len(victims.observations)) as on_progress:
-                matches = attack_images(victims, attack, device=job.device, seed=seed, on_progress=on_progress)
-            images.add({"federation": name, **match.row()} for match in matches)
-            first = first or [match for match in matches if match.client == 0]
+            accuracy.add({**where, "round": number, "test_accuracy": share} for number, share in course)
+            labels.add({**where, **row} for row in done.labels)
+            images.add({**where, **match.row()} for match in done.matches)
+            first = first or [match for match in done.matches if match.client == 0]
 
         by_label = label_summary(labels.frame, ["round", "method"])
         by_image = image_summary(images.frame, ["round"])
         write_csv(by_label, job.folder / "label_summary.csv")
-        utility = _accuracy_summary(accuracy.frame)
+        utility = by_group(accuracy.frame, ["round"], _accuracy).round(4)
         summary = utility.merge(by_image, on="round")
         write_csv(utility, job.folder / "accuracy_summary.csv")
         write_csv(summary, job.folder / "summary.csv")
@@ -104,19 +88,16 @@ class Rounds(Study):
         return summary[["round", "test_accuracy", "images", "recovered", "psnr"]].merge(wide, on="round")
 
     def _cells(self, job: Job) -> dict[str, list[str]]:
-        return {f"seed-{seed}": [f"seed={seed}", *self.changes] for seed in range(job.seed, job.seed + self.seeds)}
+        often = [f"federation.{key}_every={self.every}" for key in ("capture", "evaluate")]
+        changes = [f"federation.rounds={self.rounds}", *often]
+        return {f"seed-{seed}": [f"seed={seed}", *changes] for seed in range(job.seed, job.seed + self.seeds)}
 
 
-def _accuracy_summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean test accuracy by round with a 95% interval over federations."""
-    rows = []
-    for number, group in frame.groupby("round"):
-        low, high = normal(group["test_accuracy"])
-        rows.append(
-            {"round": number, "runs": len(group), "test_accuracy": group["test_accuracy"].mean()}
-            | {"accuracy_low": low, "accuracy_high": min(1.0, high)}
-        )
-    return pd.DataFrame(rows).round(4)
+def _accuracy(group: pd.DataFrame) -> dict[str, float]:
+    """Mean test accuracy with a 95% interval over federations."""
+    low, high = normal(group["test_accuracy"])
+    mean = {"runs": len(group), "test_accuracy": group["test_accuracy"].mean()}
+    return mean | {"accuracy_low": low, "accuracy_high": min(1.0, high)}
 
 
 def _draw(accuracy: pd.DataFrame, labels: pd.DataFrame, images: pd.DataFrame, path: Path) -> None:
@@ -130,28 +111,19 @@ def _draw(accuracy: pd.DataFrame, labels: pd.DataFrame, images: pd.DataFrame, pa
     utility.axhline(0.95, color="0.6", linewidth=0.8, linestyle=":")
     utility.set_title("test accuracy of the shared model (dotted: 95%)")
     others = (f"C{i}" for i in (0, 1, 2, 4, 5, 6, 8, 9) * 4)
-    for name, part in labels.groupby("method", sort=False):
-        color = {OURS: "#c2410c", CONTROL: "0.5"}.get(str(name)) or next(others)
-        style = ":" if name == CONTROL else "-"
-        guessed.plot(
-            part["round"],
-            part["label_accuracy"],
-            style,
-            color=color,
-            linewidth=2.2 if name == OURS else 1.1,
-            label=name,
-        )
+    for name, part in ((str(name), part) for name, part in labels.groupby("method", sort=False)):
+        color, style = look(name, next(others))
+        width = 2.2 if name == OURS else 1.1
+        guessed.plot(part["round"], part["label_accuracy"], style, color=color, linewidth=width, label=name)
         guessed.fill_between(part["round"], part["low"], part["high"], color=color, alpha=0.08, linewidth=0)
     guessed.set_title("labels inferred rightly")
     guessed.legend(fontsize=8, frameon=False, ncols=2, loc="lower left")
-    for panel, value, low, high in (
-        (recovered, "recovered", "low", "high"),
-        (closeness, "psnr", "psnr_low", "psnr_high"),
+    for panel, value, bounds in (
+        (recovered, "recovered", ("low", "high")),
+        (closeness, "psnr", ("psnr_low", "psnr_high")),
     ):
-        spread = [(images[value] - images[low]).clip(lower=0), (images[high] - images[value]).clip(lower=0)]
-        panel.errorbar(
-            images["round"], images[value], yerr=spread, color="#c2410c", marker="o", markersize=4, capsize=3
-        )
+        bars = {"yerr": spread(images, value, *bounds), "capsize": 3}
+        panel.errorbar(images["round"], images[value], **bars, color="#c2410c", marker="o", markersize=4)
     recovered.set_title("images recovered (mean squared error below 1e-3)")
     closeness.set_title("median PSNR of the rebuilt images, dB")
     for panel in (utility, guessed, recovered):

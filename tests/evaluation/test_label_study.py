@@ -4,7 +4,8 @@ from torch import nn
 
 from fedleak.attacks.labels import IDLG, Joint, Known, PerSample, Random, Version1
 from fedleak.errors import UsageError
-from fedleak.evaluation.label_study import COLUMNS, ClientPlan, client_update, draw_batch, label_study
+from fedleak.evaluation.label_study import COLUMNS, client_update, draw_batch, label_study
+from fedleak.training import SGD, LocalTraining
 
 
 def network(seed):
@@ -23,7 +24,7 @@ def test_a_row_for_each_method_stage_size_partition_and_run(data):
     frame = label_study(
         *data, model=network, methods=methods, batch_sizes=(1, 8), stages=(0, 5), runs=3, data="noise", seed=1
     )
-    assert list(frame.columns) == list(COLUMNS)
+    assert list(frame.columns) == COLUMNS
     assert len(frame) == 3 * 2 * 2 * 2 * 3
     assert set(frame["stage"]) == {0, 5}
     assert set(frame["data"]) == {"noise"}
@@ -90,8 +91,8 @@ def test_a_biased_batch_is_half_one_class_and_a_quarter_another():
 def test_the_client_trains_plain_sgd(data, payload):
     model = network(0).double()
     images, labels = data[0][:6].double(), data[1][:6]
-    plan = ClientPlan(payload, local_steps=3, lr=0.2)
-    observation = client_update(model, images, labels, plan, run=0, batch_size=2)
+    training = LocalTraining(payload, local_steps=3, optimizer=SGD(0.2))
+    observation = client_update(model, images, labels, training, run=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     start = [value.detach().clone() for value in model.parameters()]
     for step in range(3):

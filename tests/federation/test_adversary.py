@@ -9,11 +9,10 @@ from torch import nn
 
 from fedleak.capture import CaptureStore
 from fedleak.cli import main
-from fedleak.config import compose_config, plain
 from fedleak.federation.adversary import Adversary
-from fedleak.federation.scenario import build_adversary, build_scenario, shared_model
+from fedleak.federation.scenario import build_scenario, shared_model
 from fedleak.pipeline import attacker_knowledge
-from fedleak.threat import ThreatModel
+from fedleak.setup import compose
 
 RUN = ["run", "federation.rounds=2", "federation.clients=3", "federation.batch_size=2", "attack=labels_only"]
 
@@ -47,17 +46,15 @@ def test_what_is_sent_is_what_is_trained_and_captured(tmp_path, monkeypatch, fed
     assert len(list(store.folder.glob("round-00001*"))) == 2 + 3, "each distinct model once"
     attacks = pd.read_csv(folder / "attacks.csv")
     assert (attacks.update_residual < 1e-5).all()
-    config = plain(compose_config([*RUN[1:], adversary]))
-    assert torch.equal(attacker_knowledge(config, store, ThreatModel()).model.fc.bias, torch.full((10,), 0.25))
+    setup = compose([*RUN[1:], adversary])
+    assert torch.equal(attacker_knowledge(setup, store).model.fc.bias, torch.full((10,), 0.25))
 
 
 def test_an_honest_server_is_the_default_and_changes_nothing():
-    config = plain(compose_config([]))
-    assert type(build_adversary(config)) is Adversary
-    assert type(build_adversary({**config, "adversary": None})) is Adversary
-    del config["adversary"]  # a run from before there were any
-    made = build_scenario(config)
+    setup = compose([])
+    made = build_scenario(setup)
+    assert type(made.adversary) is Adversary
     state = {"w": torch.ones(1)}
     assert made.adversary.send(1, 0, state) is state
-    model = shared_model(config, (1, 28, 28), 10, 0)
+    model = shared_model(setup, (1, 28, 28), 10, 0)
     assert made.adversary.prepare(model) is model

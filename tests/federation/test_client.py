@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedleak.config import compose_config, plain
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
 from fedleak.federation.client import train_once
 from fedleak.federation.records import to_tensors
 from fedleak.federation.scenario import build_scenario
+from fedleak.setup import compose
 
 
 class InPlace(Defense):
@@ -37,7 +37,7 @@ class PerExample(Defense):
 
 
 def scenario(defense, *overrides):
-    made = build_scenario(plain(compose_config(["federation.batch_size=3", *overrides])))
+    made = build_scenario(compose(["federation.batch_size=3", *overrides]))
     return replace(made, defense=defense)
 
 

@@ -1,11 +1,11 @@
 import torch
 
-from fedleak.config import compose_config, plain
 from fedleak.federation.scenario import build_scenario
+from fedleak.setup import compose
 
 
 def scenario(*overrides: str):
-    return build_scenario(plain(compose_config(list(overrides))))
+    return build_scenario(compose(overrides))
 
 
 def test_what_is_federated_are_parameters_and_statistics_not_the_normalisation():

@@ -2,11 +2,12 @@ import random
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from fedleak.errors import UsageError
-from fedleak.models import LeNet, Normalize, RepeatChannels, build_model
+from fedleak.instantiate import Part
+from fedleak.models import LeNet, Normalize, RepeatChannels
+from fedleak.models import build_model as build_part
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 LENET = {"_target_": "fedleak.models.LeNet", "init": "uniform", "normalize": None}
@@ -64,6 +65,10 @@ def config(cls: type | object, **kwargs: object) -> dict[str, object]:
     return {"_target_": f"{__name__}.{cls.__name__}", **kwargs}  # type: ignore[attr-defined]
 
 
+def build_model(node: dict, *args, seed: int) -> nn.Module:
+    return build_part(Part("model", node), *args, seed)
+
+
 def weights(model: nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
@@ -89,8 +94,8 @@ def test_a_model_that_needs_no_layers_before_it_is_returned_itself():
     assert model.fc.out_features == 100
 
 
-def test_hydra_configs_work_and_lists_arrive_as_lists():
-    model = build_model(OmegaConf.create(config(Linear, bias=False, widths=[1, [2]])), GREY, 4, seed=0)
+def test_lists_arrive_as_lists():
+    model = build_model(config(Linear, bias=False, widths=[1, [2]]), GREY, 4, seed=0)
     assert type(model.widths) is list
     assert model.widths == [1, [2]]
     assert model.net[1].bias is None

@@ -7,8 +7,9 @@ import pytest
 from fedleak.cli import main
 from fedleak.config import choices, compose_config, plain
 from fedleak.errors import UsageError
+from fedleak.setup import compose, read
 from fedleak.studies import Job, Results, Study, build_study
-from fedleak.studies.federations import cell_config, check_cells, run_cells
+from fedleak.studies.federations import cell_setup, check_cells, run_cells
 
 EXPERIMENTS = [name for name, _ in choices()["experiment"]]
 STUDIES = [name for name in EXPERIMENTS if name != "quick"]
@@ -33,6 +34,10 @@ def counting(*, quick: bool) -> dict:
     return plain(compose_config([])) | {"study": node, "quick": quick}
 
 
+def built(config: dict, overrides=()) -> Study | None:
+    return build_study(read(config, overrides))
+
+
 @pytest.fixture(autouse=True)
 def _importable(monkeypatch):
     monkeypatch.setitem(sys.modules, "counting_study", sys.modules[__name__])
@@ -42,29 +47,28 @@ def _importable(monkeypatch):
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_experiment_is_a_study_with_small_settings(name, quick):
     overrides = [f"experiment={name}", f"quick={str(quick).lower()}"]
-    config = plain(compose_config(overrides))
-    assert isinstance(build_study(config, overrides), Study)
-    assert config["study"]["quick"]
+    assert isinstance(build_study(compose(overrides)), Study)
+    assert plain(compose_config(overrides))["study"]["quick"]
 
 
 def test_quick_shortens_what_was_not_given():
-    assert build_study(counting(quick=False)).networks == 100
-    assert build_study(counting(quick=True)).networks == 2
-    assert build_study(counting(quick=True), ["study.names=[b]"]).networks == 2
-    assert build_study(counting(quick=True), ["study.networks=100"]).networks == 100
+    assert built(counting(quick=False)).networks == 100
+    assert built(counting(quick=True)).networks == 2
+    assert built(counting(quick=True), ["study.names=[b]"]).networks == 2
+    assert built(counting(quick=True), ["study.networks=100"]).networks == 100
 
 
 def test_a_study_that_cannot_be_is_refused():
     config = counting(quick=False)
     config["study"]["quick"] = {"network": 3}
     with pytest.raises(UsageError, match=r"study\.quick\.network: unknown key; did you mean study\.quick\.networks"):
-        build_study(config)
+        built(config)
     with pytest.raises(UsageError, match=r"study=5: must be a _target_"):
-        build_study(config | {"study": 5})
-    with pytest.raises(UsageError, match=r"gives no fedleak\.studies\.Study"):
-        build_study(config | {"study": {"_target_": "fedleak.models.LeNet"}})
+        built(config | {"study": 5})
+    with pytest.raises(UsageError, match=r"gives no Study; name a subclass of fedleak\.studies"):
+        built(config | {"study": {"_target_": "fedleak.models.LeNet"}})
     with pytest.raises(UsageError, match=r"study: .*did you mean study\.networks"):
-        build_study(config | {"study": {"_target_": "counting_study.Counting", "network": 1, "names": []}})
+        built(config | {"study": {"_target_": "counting_study.Counting", "network": 1, "names": []}})
 
 
 @pytest.mark.parametrize(
@@ -74,7 +78,7 @@ def test_a_study_that_cannot_be_is_refused():
         (["quick=3"], "quick=3: must be true or false"),
         (["experiment=label_inference", "study.run=3"], "study.run=3: unknown key; did you mean study.runs?"),
         (["experiment=label_inference", "study.runs=0"], "study.runs=0: must be a whole number from 1"),
-        (["experiment=label_inference", "study.methods=[foo]"], "study.methods=foo: no such method"),
+        (["experiment=label_inference", "study.methods=[foo]"], "study.methods=foo: no such choice of attack/labels"),
         (["experiment=label_inference", "data=mnist", "data.root=/no/such"], "data.root=/no/such does not exist"),
     ],
 )
@@ -110,9 +114,9 @@ def test_rows_are_in_the_file_as_soon_as_they_are_known(tmp_path):
 
 
 def test_the_federations_of_a_study_are_the_users_with_a_few_changes(tmp_path):
-    job = Job(plain(compose_config(FEDERATION)), [*FEDERATION, "defense=gaussian"], tmp_path)
+    job = Job(compose(FEDERATION), [*FEDERATION, "defense=gaussian"], tmp_path)
     cells = {"plain": ["defense=none"], "weights": ["federation.payload=weights", "federation.rounds=2"]}
-    assert cell_config(job, cells["weights"])["federation"]["clients"] == 2
+    assert cell_setup(job, cells["weights"]).federation.clients == 2
     outcomes = dict(run_cells(job, cells))
     assert list(outcomes) == ["plain", "weights"]
     defenses = {name: pd.read_csv(tmp_path / name / "attacks.csv")["defense"].unique().tolist() for name in cells}
@@ -123,7 +127,7 @@ def test_the_federations_of_a_study_are_the_users_with_a_few_changes(tmp_path):
 
 
 def test_a_federation_that_is_refused_stops_the_study_before_any_work(tmp_path):
-    job = Job(plain(compose_config(FEDERATION)), FEDERATION, tmp_path / "out")
+    job = Job(compose(FEDERATION), FEDERATION, tmp_path / "out")
     with pytest.raises(UsageError, match=r"federation\.clients=100000"):
-        check_cells(job, {"good": [], "bad": ["federation.clients=100000"]})
+        list(check_cells(job, {"good": [], "bad": ["federation.clients=100000"]}))
     assert not (tmp_path / "out").exists()

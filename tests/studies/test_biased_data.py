@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
 
-from fedleak.config import compose_config, plain
 from fedleak.errors import UsageError
+from fedleak.setup import compose
 from fedleak.studies import BiasedData, Job
 
 FEDERATION = ["federation.clients=3", "federation.rounds=1", "federation.batch_size=8"]
@@ -18,7 +18,7 @@ SETTINGS = {
 
 def job(folder) -> Job:
     overrides = ["attack=version1", "attack.max_evaluations=5", "attack.restarts=1"]
-    return Job(plain(compose_config(overrides)), overrides, folder)
+    return Job(compose(overrides), overrides, folder)
 
 
 def test_a_federation_for_each_partition_and_what_it_leaks(tmp_path):

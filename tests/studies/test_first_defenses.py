@@ -2,8 +2,8 @@ import pandas as pd
 import pytest
 import torch
 
-from fedleak.config import compose_config, plain
 from fedleak.errors import UsageError
+from fedleak.setup import compose
 from fedleak.studies import FirstDefenses, Job
 from fedleak.studies.first_defenses import PureNoise
 
@@ -23,7 +23,7 @@ SETTINGS = {
 
 def job(folder) -> Job:
     overrides = ["federation.clients=2"]
-    return Job(plain(compose_config(overrides)), overrides, folder)
+    return Job(compose(overrides), overrides, folder)
 
 
 def test_what_stops_the_leak_and_what_it_costs(tmp_path):
@@ -74,7 +74,7 @@ def test_the_control_keeps_sizes_and_nothing_else():
         ({"gaussian": [-0.1]}, r"study\.gaussian=\[-0\.1\]: must be a list of numbers above 0"),
         ({"pruning": [1.0]}, r"study\.pruning=1\.0: must be below 1"),
         ({"victims": 0}, r"study\.victims=0: must be a whole number from 1"),
-        ({"leak_data": "cifar", "roots": {}}, r"there is no data set cifar"),
+        ({"leak_data": "cifar", "roots": {}}, r"cifar: no such choice of data"),
         ({"attacks": {"idle": ["attack=none"]}}, r"study\.attacks\.idle: attacks nothing"),
         ({"utility_data": "mnist", "roots": {"mnist": "/no/such"}}, r"data\.root=/no/such"),
     ],

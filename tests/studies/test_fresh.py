@@ -10,17 +10,18 @@ from PIL import Image
 
 from fedleak.attacks import Reconstruction
 from fedleak.cli import main
-from fedleak.config import compose_config, plain
 from fedleak.errors import UsageError
 from fedleak.federation.scenario import load_data
+from fedleak.instantiate import Part
+from fedleak.setup import compose
 from fedleak.studies import IdlgTable1, Job
 from fedleak.studies.fresh import blown_up, draw_victims, judge
 from fedleak.studies.named_data import load_named
 from fedleak.threat import ThreatModel
 from fedleak.truth import Truth
 
-DIGITS = {"_target_": "fedleak.data.digits"}
-LENET = {"_target_": "fedleak.models.LeNet", "init": "uniform"}
+DIGITS = Part("data", {"_target_": "fedleak.data.digits"})
+LENET = Part("model", {"_target_": "fedleak.models.LeNet", "init": "uniform"})
 SIGN_RULE = ["attack=labels_only", "attack/labels=idlg"]
 DLG = ["attack=dlg", "attack/inversion=as_published", "attack.restarts=1", "attack.max_evaluations=60"]
 
@@ -83,7 +84,7 @@ def test_a_folder_of_class_folders_does_for_any_name_and_all_that_is_missing_is_
         load_named(["mnist", "digits", "svhn"], {"mnist": "/no/such", "svhn": "/nor/this"})
     for part in ("study.roots.mnist=/no/such", "study.roots.svhn=/nor/this", "study.datasets=[digits]"):
         assert part in str(error.value)
-    with pytest.raises(UsageError, match=r"study\.datasets: there is no data set mnits; choices: .*mnist"):
+    with pytest.raises(UsageError, match=r"study\.datasets=mnits: no such choice of data; choices: .*mnist"):
         load_named(["mnits"], {})
 
 
@@ -91,7 +92,7 @@ def test_the_table_and_the_picture(tmp_path):
     study = IdlgTable1(
         {"dlg": DLG, "idlg_labels": SIGN_RULE}, 6, datasets=["digits"], fewer={"digits": {"dlg": 4}, "mnist": None}
     )
-    job = Job(plain(compose_config([])), [], tmp_path)
+    job = Job(compose([]), [], tmp_path)
     study.check(job)
     shown = study.run(job)
     assert shown["networks"].tolist() == [4, 6]

@@ -32,7 +32,7 @@ def test_one_partition_can_be_chosen_and_one_seed_gives_one_result(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("labels.methods=[foo]", "labels.methods=foo: no such method; choices: absolute"),
+        ("labels.methods=[foo]", "labels.methods=foo: no such choice of attack/labels; choices: absolute"),
         ("labels.runs=0", "labels.runs=0: must be"),
         ("labels.batch_sizes=[]", "labels.batch_sizes=[]: must be"),
         ("labels.batch_sizes=[0]", "labels.batch_sizes=[0]: must be"),

@@ -49,7 +49,7 @@ def test_leakage_stands_beside_utility_round_by_round(tmp_path, capsys):
         (["study.moments=[2]", "study.every=2"], "study.moments=2: not among the captured rounds 1, 3, … up to 3"),
         (["study.moments=[4]"], "study.moments=4: not among the captured rounds"),
         (["study.clients=0"], "study.clients=0: must be a whole number from 1"),
-        (["study.methods=[foo]"], "study.methods=foo: no such method"),
+        (["study.methods=[foo]"], "study.methods=foo: no such choice of attack/labels"),
         (["study.methods=[llg_plus]"], "study.methods=llg_plus needs auxiliary_data"),
         (
             ["study.methods=[idlg]", "federation.batch_size=2", "attack=fedleak"],

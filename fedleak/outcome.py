@@ -1,0 +1,93 @@
+"""What a run or an attack leaves behind: tables, pictures, a summary, and what the tracker is told of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedleak import tensorfile
+from fedleak.evaluation.judge import Judgement
+from fedleak.evaluation.scores import leakage_by_round, round_table, summarise
+from fedleak.tracking import NoTracker, Tracker, finite
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run or an attack left behind.
+
+    Attributes:
+        folder: where tables and pictures are.
+        table: per round, test accuracy, label accuracy and images recovered.
+        summary: what `summary.json` holds.
+        report: the page, where a tracker has asked for it already.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+    summary: dict[str, Any]
+    report: Path | None = None
+
+
+def write_outcome(
+    judgement: Judgement, run_dir: Path, folder: Path, said: Mapping[str, Any], tracker: Tracker
+) -> Outcome:
+    """Write tables, pictures and summary into `folder`, and tell the tracker.
+
+    Args:
+        judgement: of the attack.
+        run_dir: the run that was attacked, which holds ``rounds.csv``.
+        folder: where everything goes, `run_dir` itself or a folder of its own.
+        said: what the summary holds besides the results.
+        tracker: started already.
+    """
+    attacks, leakage, kept = judgement.attacks, judgement.leakage, judgement.reconstructions
+    rounds = pd.read_csv(run_dir / "rounds.csv") if (run_dir / "rounds.csv").exists() else pd.DataFrame()
+    write_csv(attacks, folder / "attacks.csv")
+    write_csv(leakage, folder / "leakage.csv")
+    if kept is not None:
+        from fedleak.report.pictures import evolution_png, reconstructions_png
+
+        reconstructions_png(folder / "reconstructions.png", judgement.matches)
+        if any(pair.frames for pair in judgement.matches):
+            evolution_png(folder / "evolution.png", judgement.matches)
+    summary = {
+        **summarise(attacks, leakage, rounds),
+        **said,
+        "run_dir": os.path.relpath(run_dir, folder),
+        "reconstructions": None if kept is None else os.path.relpath(kept, folder),
+    }
+    write_json(summary, folder / "summary.json")
+    report = None if isinstance(tracker, NoTracker) else _tell(tracker, folder, attacks, leakage, summary)
+    return Outcome(folder, round_table(rounds, attacks, leakage), summary, report)
+
+
+def _tell(
+    tracker: Tracker, folder: Path, attacks: pd.DataFrame, leakage: pd.DataFrame, summary: Mapping[str, Any]
+) -> Path:
+    """Hand a finished run's leakage, pictures, tables and report to its tracker; returns the report."""
+    from fedleak.report.html import write_report
+
+    report = write_report([folder], folder / "report.html")
+    for number, leaked in leakage_by_round(attacks, leakage).items():
+        tracker.log(number, finite(leaked, "leakage/"))
+    for pattern in ("*.png", "*.csv", "summary.json", report.name):
+        for path in sorted(folder.glob(pattern)):
+            tracker.keep(path.absolute())
+    tracker.finish(finite(summary))
+    return report
+
+
+def write_csv(table: pd.DataFrame, path: Path) -> None:
+    """Write a table whole or not at all; missing values are empty cells."""
+    tensorfile.write_atomically(path, table.to_csv(index=False).encode())
+
+
+def write_json(values: Mapping[str, Any], path: Path) -> None:
+    """Write plain values whole or not at all."""
+    tensorfile.write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())

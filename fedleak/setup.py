@@ -1,0 +1,289 @@
+"""The one room that turns the composed configuration into typed objects; nothing behind it reads a dictionary.
+
+It imports neither torch nor Flower: what can be refused without them is refused at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedleak.config import (
+    POSITIVE,
+    YES_NO,
+    Rule,
+    check_rules,
+    choice_files,
+    compose_config,
+    flat,
+    is_number,
+    one_of,
+    parse,
+    plain,
+    search_path,
+    suggest,
+    whole,
+)
+from fedleak.errors import UsageError
+from fedleak.instantiate import Part
+from fedleak.rounds import is_due
+from fedleak.threat import ThreatModel
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedleak.attacks import Attack
+    from fedleak.training import LocalTraining, Payload
+
+
+@dataclass(frozen=True)
+class Federation:
+    """The `federation` group of the config."""
+
+    clients: int
+    rounds: int
+    fraction: float
+    batch_size: int
+    local_steps: int
+    lr: float
+    payload: Payload
+    training_mode: bool = True
+    evaluate_every: int = 1
+    capture_every: int = 1
+
+    def evaluates(self, server_round: int) -> bool:
+        """Whether the test accuracy is measured after this round."""
+        return is_due(server_round, self.evaluate_every) or server_round == self.rounds
+
+
+@dataclass(frozen=True)
+class AttackPlan:
+    """The `attack` group: how updates are attacked, and which of those that were captured.
+
+    Attributes:
+        name: for tables.
+        labels, inversion: the attack's parts; without either there is no attack.
+        view: what of the captures the attacker sees, None for every update.
+        candidates: label multisets to try.
+        every, clients: which updates, see `fedleak.rounds.choose_victims`.
+    """
+
+    name: str
+    labels: Part | None
+    inversion: Part | None
+    view: Part | None
+    candidates: int
+    every: int | Literal["auto"]
+    clients: int | Literal["all"]
+
+    def build(self) -> Attack | None:
+        """The attack, None for ``attack=none``; raises `UsageError` for parts that cannot be built."""
+        if self.labels is None or self.inversion is None:
+            return None
+        from fedleak.attacks import Attack, Inversion, LabelInference, View
+
+        labels, inversion = self.labels.build(LabelInference), self.inversion.build(Inversion)
+        view = None if self.view is None else self.view.build(View)
+        return Attack(labels, inversion, name=self.name, candidates=self.candidates, view=view)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run as configured: small, frozen, and the same in every process; `Part`s are built where they are needed.
+
+    Attributes:
+        study: a published table or figure instead of one federation, with its short settings where `quick` says so.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        limit: whether to say how much each update can leak at most.
+        settings: the configuration as dotted key -> value, for trackers.
+    """
+
+    seed: int
+    quick: bool
+    device: str
+    limit: Literal["auto", "off"]
+    federation: Federation
+    threat: ThreatModel
+    data: Part
+    partition: Part
+    model: Part
+    defense: Part
+    adversary: Part
+    engine: Part
+    tracking: Part
+    attack: AttackPlan
+    study: Part | None
+    settings: Mapping[str, str] = field(compare=False)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where to compute; raises `UsageError` for ``cuda`` without a GPU."""
+        from fedleak.devices import resolve_device
+
+        return resolve_device(self.device)
+
+    @property
+    def training(self) -> LocalTraining:
+        """How each client trains, nothing withheld."""
+        from fedleak.training import SGD, LocalTraining
+
+        return LocalTraining(
+            payload=self.federation.payload,
+            batch_size=self.federation.batch_size,
+            local_steps=self.federation.local_steps,
+            optimizer=SGD(self.federation.lr),
+            training_mode=self.federation.training_mode,
+            per_sample=self.threat.per_sample_gradients,
+        )
+
+    def check_attack(self, attack: Attack) -> None:
+        """Raise `UsageError` for an attack that this federation or threat model cannot feed."""
+        attack.check(self.threat, self.training)
+
+
+def _whole_or(word: str) -> Rule:
+    one = whole(1)
+    return Rule(lambda v: v == word or one.test(v), f"{one.mend}, or {word}")
+
+
+RULES: Mapping[str, Rule] = {
+    "seed": whole(0),
+    "quick": YES_NO,
+    "device": one_of("auto", "cpu", "cuda"),
+    "limit": Rule(lambda v: v in ("auto", "off") or v is False, "one of auto, off"),  # YAML reads off as false
+    "output_dir": Rule(lambda v: isinstance(v, str) and v != "", "a folder"),
+    "federation.clients": whole(1),
+    "federation.rounds": whole(1),
+    "federation.fraction": Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
+    "federation.batch_size": whole(1),
+    "federation.local_steps": whole(1),
+    "federation.lr": POSITIVE,
+    "federation.payload": one_of("gradient", "weights"),
+    "federation.training_mode": YES_NO,
+    "federation.evaluate_every": whole(1),
+    "federation.capture_every": whole(1),
+    "attack.name": Rule(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+-]+", v) is not None, "a plain name"),
+    "attack.restarts": whole(1),
+    "attack.max_evaluations": whole(1),
+    "attack.every": _whole_or("auto"),
+    "attack.candidates": whole(1),
+    "attack.clients": _whole_or("all"),
+    **{f"threat.{field.name}": YES_NO for field in fields(ThreatModel)},
+}
+"""Keys checked by value; the parts behind a `_target_` check their own."""
+
+FIXED = ("federation", "threat")
+"""Groups whose keys are all known; a key added to them with ``+`` would do nothing."""
+
+
+def compose(overrides: Sequence[str]) -> Setup:
+    """The setup of some overrides; raises `UsageError` as `compose_config` and `read` do."""
+    return read(plain(compose_config(overrides)), overrides)
+
+
+def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
+    """Check every value that can be checked without data, and turn the config into objects.
+
+    Args:
+        config: plain containers of ``conf/config.yaml``, composed.
+        overrides: as typed; a study's setting given there is kept whatever ``quick=true`` says.
+
+    Raises:
+        UsageError: names the key, its value and the mend.
+    """
+    check_rules(config, RULES)
+    for group in FIXED:
+        known = [key.split(".")[1] for key in RULES if key.startswith(group + ".")]
+        for key in config[group]:
+            if key not in known:
+                raise UsageError(f"{group}.{key}: unknown key; {suggest(key, known)}")
+    federation, threat = Federation(**config["federation"]), ThreatModel(**config["threat"])
+    if threat.per_sample_gradients and (federation.payload != "gradient" or federation.local_steps != 1):
+        raise UsageError(
+            "threat.per_sample_gradients=true: needs federation.payload=gradient and federation.local_steps=1"
+        )
+    attack = config["attack"]
+    plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients")}
+    for key in ("labels", "inversion", "view"):
+        plan[key] = None if attack.get(key) is None else Part(f"attack.{key}", attack[key])
+    groups = ("data", "partition", "model", "defense", "adversary", "engine", "tracking")
+    parts: dict[str, Any] = {key: Part(key, config.get(key)) for key in groups}  # type: ignore[arg-type]
+    return Setup(
+        seed=config["seed"],
+        quick=config["quick"],
+        device=config["device"],
+        limit="auto" if config["limit"] == "auto" else "off",
+        federation=federation,
+        threat=threat,
+        attack=AttackPlan(**plan),
+        study=_study(config, overrides),
+        settings=flat(config),
+        **parts,
+    )
+
+
+def read_labels(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
+    """As `read`, of ``conf/labels.yaml``: its study, in a setup that leaves the rest as it is by default."""
+    drawn = config.get("partition")
+    partitions = ["iid", "biased"] if drawn is None else [Part("partition", drawn).name.lower()]
+    if not {"iid", "biased"}.issuperset(partitions):
+        raise UsageError(
+            f"partition={partitions[0]}: fedleak labels draws batches iid or biased; leave it out for both"
+        )
+    rest = plain(compose_config([]))
+    study = {"_target_": "fedleak.studies.LabelInferenceStudy", **config["labels"], "partitions": partitions}
+    own = {key: config[key] for key in ("data", "model", "seed", "output_dir")}
+    federation = rest["federation"] | config["federation"]
+    return read(rest | own | {"federation": federation, "study": study | {"key": "labels"}}, overrides)
+
+
+def _study(config: Mapping[str, Any], overrides: Sequence[str]) -> Part | None:
+    """The config's study with the settings that `quick` asks for, None for a plain run."""
+    node = config["study"]
+    if node is None:
+        if config["quick"]:
+            raise UsageError(
+                "quick=true: shortens a study, and there is none here; choose one, such as "
+                "experiment=label_inference, or leave quick=false"
+            )
+        return None
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise UsageError(f"study={node}: must be a _target_ with its settings; choose one by experiment=NAME")
+    settings = {key: value for key, value in node.items() if key != "quick"}
+    small = node.get("quick") or {}
+    for key in small:
+        if key not in settings:
+            close = difflib.get_close_matches(key, list(settings), 1)
+            mend = f"did you mean study.quick.{close[0]}?" if close else "name a setting of the study"
+            raise UsageError(f"study.quick.{key}: unknown key; {mend}")
+    if config["quick"]:
+        given = [override.key_or_group for override in parse(overrides)]
+        for key, value in small.items():
+            if not any(name == f"study.{key}" or name.startswith(f"study.{key}.") for name in given):
+                settings[key] = value
+    return Part("study", settings)
+
+
+def named(group: str, names: Sequence[str], overrides: Sequence[str], key: str) -> dict[str, Part]:
+    """Choices of a group by name, the user's own from ``--config-dir`` too.
+
+    Args:
+        group: such as ``attack/labels``.
+        names: of its choices.
+        overrides: as typed; where to look is taken from them, and nothing else.
+        key: where the names stand in the configuration, for error messages.
+
+    Raises:
+        UsageError: there is no such choice.
+    """
+    known = list(choice_files(overrides)[group])
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{key}={name}: no such choice of {group}; choices: {', '.join(known)}")
+    # One composition for all, each choice in a place of its own.
+    places = [f"+{group}@named.choice{number}={name}" for number, name in enumerate(names)]
+    found = plain(compose_config([*search_path(overrides), *places])).get("named", {})
+    return {name: Part(f"{key}.{name}", found[f"choice{number}"]) for number, name in enumerate(names)}
