@@ -141,10 +141,12 @@ def test_what_each_update_can_leak_is_said_unless_it_is_switched_off():
     [
         ("attack.labels._target_=fedleak.defenses.NoDefense", "LabelInference"),
         ("defense._target_=fedleak.data.IID", "Defense"),
+        ("adversary._target_=fedleak.defenses.NoDefense", "Adversary"),
+        ("+attack.view._target_=fedleak.data.IID", "View"),
     ],
 )
 def test_a_part_of_the_wrong_kind_is_refused(override, kind):
-    with pytest.raises(UsageError, match=f"{override}: gives no {kind}; name a subclass of fedleak"):
+    with pytest.raises(UsageError, match=f"{override.lstrip('+')}: gives no {kind}; name a subclass of fedleak"):
         prepare(compose(["attack/labels=version1", override]))
 
 

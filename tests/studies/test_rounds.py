@@ -65,3 +65,13 @@ def test_bad_input_is_one_clear_line_before_any_work(tmp_path, capsys, overrides
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_view_counts_in_a_study_of_federations_and_is_refused_where_clients_share_no_model(tmp_path, capsys):
+    view = ["attack=fedleak", "attack/view=secure_sum", "attack.restarts=1", "attack.max_evaluations=2"]
+    settings = ["study.clients=2", "study.rounds=1", "study.moments=[1]", "study.seeds=1"]
+    assert main([*SMALL, *settings, *view, f"output_dir={tmp_path / 'rounds'}"]) == 0
+    images = pd.read_csv(tmp_path / "rounds" / "images.csv")
+    assert images.client.tolist() == [0, 0], "both clients' images, in one sum"
+    assert main(["run", "experiment=mlp_dlg", "data=digits", *view[1:2], f"output_dir={tmp_path / 'mlp'}"]) == 2
+    assert "share no model; leave attack.view out" in capsys.readouterr().err
