@@ -13,7 +13,7 @@ import pandas as pd
 
 from fedleak import tensorfile
 from fedleak.evaluation.judge import Judgement
-from fedleak.evaluation.scores import leakage_by_round, round_table, summarise
+from fedleak.evaluation.tables import leakage_by_round, round_table, summarise
 from fedleak.tracking import NoTracker, Tracker, finite
 
 

@@ -36,8 +36,8 @@ def test_a_run_directory_holds_what_the_contract_says(small_run):
     columns = {
         "rounds": "round,clients,train_loss,test_accuracy,seconds",
         "attacks": "round,client,attack,defense,batch_size,label_accuracy,labels_exact,objective,evaluations,seconds,"
-        "stop_reason,update_residual",
-        "leakage": "round,client,image,label_true,label_inferred,mse,psnr,ssim,recovered",
+        "stop_reason,update_residual,limit_bits",
+        "leakage": "round,client,image,label_true,label_inferred,mse,psnr,ssim,recovered,limit_mse,expected_mse",
     }
     for name, header in columns.items():
         assert (small_run / f"{name}.csv").read_text().splitlines()[0] == header

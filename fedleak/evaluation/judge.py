@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedleak.attacks import Knowledge, Reconstruction
 from fedleak.capture import Observation
-from fedleak.evaluation.scores import ATTACK_COLUMNS, LEAKAGE_COLUMNS, Match, match, score
+from fedleak.evaluation.matching import LEAKAGE_COLUMNS, Match, match
+from fedleak.evaluation.tables import ATTACK_COLUMNS, score
 from fedleak.facts import defense_name
 from fedleak.local_update import local_update
 from fedleak.setup import Setup

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -60,35 +58,6 @@ def ssim(truth: Tensor, rebuilt: Tensor) -> Tensor:
         ],
         dtype=torch.float64,
     )
-
-
-def assign(truth: Tensor, rebuilt: Tensor) -> Tensor:
-    """Match rebuilt images to true ones so that the sum of the squared errors is the least possible.
-
-    The order within a batch cannot be seen in its update, so a reconstruction's own order means nothing.
-
-    Args:
-        truth: ``[B, C, H, W]``.
-        rebuilt: ``[B', C, H, W]``; B' may differ from B.
-
-    Returns:
-        ``[B]`` int64: entry i is the index in `rebuilt` of the image matched to ``truth[i]``, or -1 if it got none.
-        No image of `rebuilt` is matched twice.
-
-    Raises:
-        ValueError: if the images' shapes differ.
-    """
-    if truth.shape[1:] != rebuilt.shape[1:]:
-        raise ValueError(f"cannot compare images {tuple(truth.shape[1:])} with images {tuple(rebuilt.shape[1:])}")
-    matched = torch.full((len(truth),), -1, dtype=torch.int64)
-    if len(truth) == 0 or len(rebuilt) == 0:
-        return matched
-    flat = (images.detach().cpu().double().flatten(1).numpy() for images in (truth, rebuilt))
-    # The solver refuses infinite costs; an image that is not finite is the worst match there is, yet still one.
-    costs = np.nan_to_num(cdist(*flat, "sqeuclidean"), nan=1e30, posinf=1e30).clip(max=1e30)
-    rows, columns = linear_sum_assignment(costs)
-    matched[torch.as_tensor(rows)] = torch.as_tensor(columns)
-    return matched
 
 
 def label_accuracy(true: Tensor, inferred: Tensor) -> float:

@@ -16,8 +16,9 @@ from markupsafe import Markup
 
 from fedleak import __version__, tensorfile
 from fedleak.errors import UsageError
+from fedleak.evaluation.matching import Match
 from fedleak.evaluation.metrics import RECOVERED_MSE
-from fedleak.evaluation.scores import Match, round_table, summarise
+from fedleak.evaluation.tables import round_table, summarise
 from fedleak.report.charts import Chart, effort_charts, federation_charts, leak_charts
 from fedleak.report.pictures import evenly, pixels
 from fedleak.report.run_data import RunData, distinct_names, read_run

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from fedleak.evaluation.matching import Match
 from fedleak.evaluation.metrics import RECOVERED_MSE
-from fedleak.evaluation.scores import Match
 
 MOST_ROUNDS = 8
 MOST_IMAGES = 8
@@ -38,7 +38,7 @@ def reconstructions_png(
 
     Args:
         path: the PNG file to write.
-        matches: from `fedleak.evaluation.scores.match`, of any number of observations, grey or colour, with or
+        matches: from `fedleak.evaluation.matching.match`, of any number of observations, grey or colour, with or
             without truth; none gives a picture that says so.
         title: the heading.
         most_bytes: the resolution is lowered until the file is no larger than this.

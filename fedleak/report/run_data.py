@@ -18,7 +18,8 @@ from fedleak.attacks.results import StopReason
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.config import flat
 from fedleak.errors import UsageError
-from fedleak.evaluation.scores import ATTACK_COLUMNS, LEAKAGE_COLUMNS, Match, match
+from fedleak.evaluation.matching import LEAKAGE_COLUMNS, Match, match
+from fedleak.evaluation.tables import ATTACK_COLUMNS
 from fedleak.truth import TruthStore
 
 ROUND_COLUMNS = ("round", "clients", "train_loss", "test_accuracy", "seconds")

@@ -14,8 +14,8 @@ from fedleak.attacks.attack import assume_one_step
 from fedleak.capture import CaptureStore, Observation
 from fedleak.errors import UsageError
 from fedleak.evaluation.judge import truth_behind
+from fedleak.evaluation.matching import Match, match
 from fedleak.evaluation.metrics import label_accuracy, labels_exact
-from fedleak.evaluation.scores import Match, match
 from fedleak.outcome import Outcome
 from fedleak.pipeline import attacker_knowledge
 from fedleak.setup import Setup

@@ -19,8 +19,8 @@ from fedleak.config import Rule, is_number, whole
 from fedleak.defenses import Defense, Gaussian, Laplacian, NoDefense, Pruning
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal, wilson
+from fedleak.evaluation.matching import Match, match
 from fedleak.evaluation.metrics import mse, psnr, ssim
-from fedleak.evaluation.scores import Match, match
 from fedleak.outcome import write_csv
 from fedleak.report.pictures import pixels
 from fedleak.seeding import generator

@@ -17,8 +17,8 @@ from fedleak.data import ImageData, to_float
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal, of_median, wilson
 from fedleak.evaluation.label_study import ONE_STEP, client_update, draw_batch
+from fedleak.evaluation.matching import match
 from fedleak.evaluation.metrics import label_accuracy, labels_exact
-from fedleak.evaluation.scores import match
 from fedleak.federation.scenario import load_data
 from fedleak.instantiate import Part
 from fedleak.models import build_model

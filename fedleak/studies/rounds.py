@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fedleak.config import NAMES, list_of, whole
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal
-from fedleak.evaluation.scores import Match
+from fedleak.evaluation.matching import Match
 from fedleak.outcome import write_csv
 from fedleak.report.pictures import reconstructions_png
 from fedleak.rounds import is_due

@@ -1,14 +1,13 @@
-import itertools
 import math
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from fedleak.evaluation.metrics import RECOVERED_MSE, assign, label_accuracy, labels_exact, mse, psnr, ssim
+from fedleak.evaluation.metrics import RECOVERED_MSE, label_accuracy, labels_exact, mse, psnr, ssim
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -79,43 +78,6 @@ def test_ssim_of_images_smaller_than_the_window(size, channels):
     other = ssim(truth, 0.2 * truth)
     assert other.isfinite().all()
     assert (other < 0.999).all()
-
-
-@settings(max_examples=40, deadline=None)
-@given(b=st.integers(0, 5), c=st.integers(0, 5), seed=st.integers(0, 1000))
-def test_assign_is_the_best_of_all_assignments(b, c, seed):
-    truth, rebuilt = images(b, 1, 3, 3, seed=seed), images(c, 1, 3, 3, seed=seed + 1)
-    matched = assign(truth, rebuilt)
-    chosen = [(i, j) for i, j in enumerate(matched.tolist()) if j >= 0]
-    assert len(chosen) == min(b, c) == len({j for _, j in chosen})
-
-    def cost(pairs):
-        return sum(((truth[i] - rebuilt[j]) ** 2).sum().item() for i, j in pairs)
-
-    if b <= c:
-        every = (list(zip(range(b), p, strict=True)) for p in itertools.permutations(range(c), b))
-    else:
-        every = (list(zip(p, range(c), strict=True)) for p in itertools.permutations(range(b), c))
-    assert cost(chosen) == pytest.approx(min(map(cost, every)), abs=1e-6)
-
-
-def test_assign_undoes_a_permutation():
-    truth = images(16, 3, 8, 8)
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
-    rebuilt = truth[order] + 0.01
-    assert torch.equal(order[assign(truth, rebuilt)], torch.arange(16))
-
-
-def test_assign_gives_what_is_not_finite_to_whom_nothing_better_is_left():
-    truth = images(3, 1, 4, 4)
-    rebuilt = truth.flip(0).clone()
-    rebuilt[0, 0, 0, 0] = math.nan
-    assert assign(truth, rebuilt).tolist() == [2, 1, 0]
-
-
-def test_assign_refuses_images_of_another_shape():
-    with pytest.raises(ValueError, match="compare"):
-        assign(images(1, 1, 8, 8), images(1, 3, 8, 8))
 
 
 def test_label_accuracy_of_the_published_worked_example():

@@ -25,7 +25,7 @@ import yaml
 
 from fedleak.attacks.results import Reconstruction
 from fedleak.attacks.store import ReconstructionStore
-from fedleak.evaluation.scores import score, summarise
+from fedleak.evaluation.tables import score, summarise
 from fedleak.truth import Truth, TruthStore
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from fedleak.evaluation.scores import Frame, Match
+from fedleak.evaluation.matching import Frame, Match
 from fedleak.report.pictures import _figure, _strips, evenly, evolution_png, pixels, reconstructions_png
 
 LEAK = np.array([0xC0, 0x3A, 0x06])

@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from fedleak.attacks.results import Reconstruction
-from fedleak.evaluation.scores import (
-    ATTACK_COLUMNS,
-    LEAKAGE_COLUMNS,
-    failed,
-    leakage_by_round,
-    match,
-    round_table,
-    score,
-    summarise,
-)
+from fedleak.evaluation.matching import LEAKAGE_COLUMNS, match
+from fedleak.evaluation.tables import ATTACK_COLUMNS, leakage_by_round, round_table, score, summarise
 from fedleak.truth import Truth
 
 NAMES = {"attack": "idlg", "defense": "none", "batch_size": 4, "update_residual": 1e-7}
@@ -74,25 +66,6 @@ def test_without_truth_the_rows_are_there_and_their_scores_empty():
         assert [leak[c] for c in ("label_true", "mse", "psnr", "ssim", "recovered")] == [None] * 5
 
 
-def test_frames_follow_the_image_that_was_matched_at_the_end():
-    truth = batch([2, 7])
-    shuffled = truth.images.flip(0) + 1e-3
-    snapshots = [(1, torch.zeros(2, 1, 12, 12)), (8, truth.images + 0.1), (20, shuffled)]  # after 8 the other way round
-    halves = [(count, images.half()) for count, images in snapshots]
-    first, second = match(rebuilt(shuffled, [7, 2], snapshots=halves), truth)
-    for i, m in enumerate((first, second)):
-        assert [frame.evaluations for frame in m.frames] == [1, 8, 20]
-        true = truth.images[i]
-        assert m.frames[0].mse == pytest.approx(float(true.square().mean()), rel=1e-3)
-        assert m.frames[1].mse == pytest.approx(float((truth.images[1 - i] + 0.1 - true).square().mean()), rel=1e-2)
-        assert m.frames[2].mse == m.mse == pytest.approx(1e-6, rel=1e-3)
-        assert torch.equal(m.frames[2].image, m.rebuilt)
-    alone = match(rebuilt(shuffled, [7, 2], snapshots=halves), None)
-    assert torch.equal(alone[1].frames[1].image, halves[1][1][1])
-    assert [frame.mse for frame in alone[1].frames] == [None] * 3
-    assert match(rebuilt(shuffled, [7, 2]), truth)[0].frames == ()
-
-
 def test_leakage_by_round():
     attacks = pd.DataFrame({"round": [1, 1, 3, 5], "label_accuracy": [1.0, 0.5, 0.25, None]})
     leakage = pd.DataFrame(
@@ -117,11 +90,16 @@ def test_images_that_were_never_tried_do_not_count_as_safe():
     assert math.isnan(found[2]["recovered"])
     table = round_table(pd.DataFrame({"round": [1, 2]}), attacks, leakage)
     assert list(table["recovered"]) == ["0 / 1", ""]
+    summary = summarise(attacks, leakage, pd.DataFrame())
+    assert (summary["images"], summary["recovered"], summary["images_not_tried"]) == (1, 0, 2)
+    none = summarise(attacks.assign(stop_reason="labels_only"), leakage, pd.DataFrame())
+    assert (none["images"], none["recovered"], none["images_not_tried"]) == (0, 0, 3)
+    assert none["recovered_rate"] is None
 
 
 def test_a_failed_attack_has_a_row_and_no_leakage():
     nothing = rebuilt(torch.zeros(0, 1, 12, 12), [], stop_reason="client 5 returned NaN", objective=math.nan)
-    assert failed(nothing)
+    assert nothing.failed
     row, leaks = score(nothing, batch([1, 2]), **NAMES)
     assert leaks == []
     assert row["stop_reason"] == "client 5 returned NaN"
@@ -158,25 +136,11 @@ def test_more_rebuilt_images_than_private_ones():
     assert row["labels_exact"] is False
 
 
-def test_similarity_can_be_left_out():
-    truth = batch([1, 2])
-    near = rebuilt((truth.images + 0.1).clamp(0, 1), [1, 2])
-    full, quick = match(near, truth), match(near, truth, similarity=False)
-    assert all(m.ssim is not None and 0 < m.ssim < 1 for m in full)
-    assert [m.ssim for m in quick] == [None, None]
-    assert [m.mse for m in quick] == [m.mse for m in full]
-
-
 def test_matches_at_hand_are_not_made_again():
     truth = batch([1, 2])
     result = rebuilt(truth.images, [1, 2])
     assert score(result, truth, **NAMES, matches=match(result, truth)) == score(result, truth, **NAMES)
     assert score(result, truth, **NAMES, matches=[])[1] == []
-
-
-def test_images_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="compare"):
-        match(rebuilt(torch.zeros(1, 3, 12, 12), [1]), batch([1]))
 
 
 def tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -214,6 +178,10 @@ def test_summary(stored):
         "images": 4,
         "recovered": 3,
         "recovered_rate": 0.75,
+        "images_not_tried": 0,
+        "median_limit_mse": None,
+        "median_expected_mse": None,
+        "limit_bits": None,
         "evaluations": 210,
         "attack_seconds": 1.5,
         "stop_reasons": {"converged": 2, "error: NaN": 1},
@@ -242,3 +210,31 @@ def test_round_table_leaves_out_rounds_that_were_not_attacked_when_there_are_man
     attacks, leakage, _ = tables()
     rounds = pd.DataFrame({"round": range(1, 101), "test_accuracy": 0.5})
     assert round_table(rounds, attacks, leakage)["round"].tolist() == [1, 3, 100]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_what_was_reached_stands_beside_what_was_possible(stored):
+    attacks, leakage, rounds = map(through_csv, tables()) if stored else tables()
+    assert "possible_mse" not in round_table(rounds, attacks, leakage)
+    truth = batch([0, 1], round=2)
+    near = rebuilt((truth.images + 1e-3).clamp(0, 1), [0, 1], round=2, details={"expected_mse": "2e-6 nan"})
+    limits = torch.tensor([4e-7, math.inf])
+    row, leaks = score(near, truth, **NAMES, limit_mse=limits, limit_bits=512.5)
+    assert row["limit_bits"] == 512.5
+    assert [leak["limit_mse"] for leak in leaks] == [pytest.approx(4e-7), None]
+    assert [leak["expected_mse"] for leak in leaks] == [pytest.approx(2e-6), None]
+    attacks, leakage = (pd.DataFrame([*a.to_dict("records"), *b]) for a, b in ((attacks, [row]), (leakage, leaks)))
+    table = round_table(rounds, attacks, leakage)
+    assert table["possible_mse"].tolist() == ["", "4.0e-07", ""]
+    assert table["reached_mse"].tolist() == ["", f"{leaks[0]['mse']:.1e}", ""]
+    summary = summarise(attacks, leakage, rounds)
+    assert summary["median_limit_mse"] == pytest.approx(4e-7)
+    assert summary["median_expected_mse"] == pytest.approx(2e-6)
+    assert summary["limit_bits"] == 512.5
+
+
+def test_tables_from_before_there_were_limits_are_read():
+    attacks, leakage, rounds = tables()
+    old = attacks.drop(columns="limit_bits"), leakage.drop(columns=["limit_mse", "expected_mse"])
+    assert summarise(*old, rounds) == summarise(attacks, leakage, rounds)
+    assert round_table(rounds, *old).equals(round_table(rounds, attacks, leakage))
