@@ -129,7 +129,7 @@ def match(
                 image=i,
                 label_inferred=_at(inferred, i),
                 expected_mse=_at(expected, i) if i < len(rebuilt) else None,
-                rebuilt=_at(rebuilt, i),
+                rebuilt=rebuilt[i] if i < len(rebuilt) else None,
                 frames=_frames(reconstruction, i) if i < len(rebuilt) else (),
             )
             for i in range(max(len(rebuilt), len(inferred)))

@@ -20,7 +20,8 @@ from fedleak.evaluation.matching import Match
 from fedleak.evaluation.metrics import RECOVERED_MSE
 from fedleak.evaluation.tables import round_table, summarise
 from fedleak.report.charts import Chart, effort_charts, federation_charts, leak_charts
-from fedleak.report.pictures import evenly, pixels
+from fedleak.report.common import evenly, many, percent, psnr, small
+from fedleak.report.pictures import pixels
 from fedleak.report.run_data import RunData, distinct_names, read_run
 from fedleak.report.sprites import pack
 
@@ -115,7 +116,8 @@ def compare(runs: Sequence[RunData]) -> dict[str, Any]:
     differing = [key for key in keys if len({setting.get(key) for setting in settings}) > 1]
     # What lies deep inside a part that is another one altogether would bury the differences that count.
     inside = [key for key in differing if key.count(".") > 1 and any(key.startswith(f"{part}.") for part in differing)]
-    outcomes = [_outcomes(run) for run in runs]
+    limits = any(len(run.limits) for run in runs)
+    outcomes = [_outcomes(run, limits=limits) for run in runs]
 
     def rows(chosen: Sequence[str]) -> list[tuple[str, list[str]]]:
         return [(key, [setting.get(key, "–") or "–" for setting in settings]) for key in chosen]
@@ -136,6 +138,7 @@ def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], list[bytes]]:
     ]
     shown = [every[i] for i in evenly(len(every), MOST_GALLERY)]
     images = [image for _, m in shown for image in (m.true, m.rebuilt) if image is not None]
+    limits = any(m.limit_mse is not None or m.expected_mse is not None for _, m in shown)
     kept = [i for i, (_, m) in enumerate(shown) if m.frames]
     filmed = {kept[i] for i in evenly(len(kept), MOST_FILMS)}
     steps = [frame.image for i in sorted(filmed) for frame in shown[i][1].frames[:-1]]
@@ -152,7 +155,10 @@ def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], list[bytes]]:
         frames = m.frames if i in filmed else ()
         at = [*(next(step) for _ in frames[1:]), rebuilt]
         film = [(f.evaluations, _significant(f.mse), where) for f, where in zip(frames, at, strict=False)]
-        items.append((run, m.round, m.client, m.image, *labels, _significant(m.mse), recovered, true, rebuilt, film))
+        about = (_significant(m.limit_mse), _significant(m.expected_mse)) if limits else ()
+        items.append(
+            (run, m.round, m.client, m.image, *labels, _significant(m.mse), recovered, true, rebuilt, film, *about)
+        )
     sheets = [*sprites.sheets, *films.sheets]
     data = {
         "runs": [run.name for run in runs],
@@ -178,6 +184,7 @@ def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], list[bytes]]:
         "judged": any(m.recovered is not None for _, m in shown),
         "filmed": len(filmed),
         "rebuilt": data["rebuilt"],
+        "limits": limits,
         "notes": notes,
         "rounds": sorted({m.round for _, m in shown}),
         "clients": sorted({m.client for _, m in shown}),
@@ -186,12 +193,12 @@ def gallery(runs: Sequence[RunData]) -> tuple[dict[str, Any], list[bytes]]:
 
 def _card(run: RunData) -> dict[str, Any]:
     """What the page says about one run."""
-    summary = {**summarise(run.attacks, run.leakage, run.rounds)}
+    summary = summarise(run.attacks, run.leakage, run.rounds)
     table = round_table(run.rounds, run.attacks, run.leakage) if len(run.rounds) else None
     return {
         "name": run.name,
         "verdict": verdict(run, summary),
-        "tiles": [(label, value) for label, value in _outcomes(run).items()],
+        "tiles": list(_outcomes(run, limits=len(run.limits) > 0).items()),
         "facts": _facts(run),
         "always": ["the model and the parameters it sends out each round", "every client's update"],
         "granted": _threat(run, "granted"),
@@ -203,9 +210,10 @@ def _card(run: RunData) -> dict[str, Any]:
         "rounds": None
         if table is None
         else [
-            [int(r), _share(accuracy), _share(labels), recovered or "–"]
-            for r, accuracy, labels, recovered in table.itertuples(index=False)
+            [int(number), percent(accuracy), percent(labels), *(word or "–" for word in words)]
+            for number, accuracy, labels, *words in table.itertuples(index=False)
         ],
+        "limits": len(run.limits) > 0,
     }
 
 
@@ -235,16 +243,19 @@ def verdict(run: RunData, summary: Mapping[str, Any]) -> str:
             when += f", last in round {hit['round'].max()}"
         said.append(
             f"The server recovered {len(hit):,} of the {len(known):,} private images it went for "
-            f"({_share(len(hit) / len(known))}), {when}; they belong to {clients} of "
-            f"{known['client'].nunique()} attacked client{'s' * (known['client'].nunique() != 1)}."
+            f"({percent(len(hit) / len(known))}), {when}; they belong to {clients} of "
+            f"{many(known['client'].nunique(), 'attacked client')}."
         )
+    if len(run.limits):
+        enough, of = int((run.limits["limit_mse"] < RECOVERED_MSE).sum()), many(len(run.limits), "image")
+        said.append(f"By an estimate made for {of}, the updates tell enough to recover {enough:,} of them.")
     said += _coverage(run)
     if summary["label_accuracy"] is not None:
-        said.append(f"It inferred {_share(summary['label_accuracy'])} of the labels.")
+        said.append(f"It inferred {percent(summary['label_accuracy'])} of the labels.")
     if summary["final_test_accuracy"] is not None:
         said.append(
-            f"The shared model ended at {_share(summary['final_test_accuracy'])} test accuracy after "
-            f"{summary['rounds']} round{'s' * (summary['rounds'] != 1)}."
+            f"The shared model ended at {percent(summary['final_test_accuracy'])} test accuracy after "
+            f"{many(summary['rounds'], 'round')}."
         )
     return " ".join(said)
 
@@ -263,18 +274,24 @@ def _coverage(run: RunData) -> list[str]:
     ]
 
 
-def _outcomes(run: RunData) -> dict[str, str]:
+def _outcomes(run: RunData, *, limits: bool) -> dict[str, str]:
     s = summarise(run.attacks, run.leakage, run.rounds)
     errors = run.leakage["mse"].dropna()
     median = float(errors.median()) if len(errors) else None
     return {
-        "images recovered": f"{s['recovered']:,} of {s['images']:,}" if s["images"] and not run.labels_only else "–",
-        "labels inferred rightly": _share(s["label_accuracy"]),
-        "batches with every label right": _share(s["whole_batch_rate"]),
-        "median PSNR": "–" if median is None else "exact" if median == 0 else f"{-10 * math.log10(median):.1f} dB",
-        "final test accuracy": _share(s["final_test_accuracy"]),
+        "images recovered": f"{s['recovered']:,} of {s['images']:,}" if s["images"] else "–",
+        "labels inferred rightly": percent(s["label_accuracy"]),
+        "batches with every label right": percent(s["whole_batch_rate"]),
+        "median PSNR": "–" if median is None else "exact" if median == 0 else f"{psnr(median):.1f} dB",
+        **({"median error, reached / possible": _beside(run)} if limits else {}),
+        "final test accuracy": percent(s["final_test_accuracy"]),
         "attack time": _seconds(s["attack_seconds"]) if s["observations"] else "–",
     }
+
+
+def _beside(run: RunData) -> str:
+    both = run.limits.dropna(subset=["mse"])
+    return f"{small(both['mse'].median())} / {small(both['limit_mse'].median())}" if len(both) else "–"
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
@@ -365,12 +382,6 @@ def _significant(value: float | None) -> float | None:
 
 def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
-
-
-def _share(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.1%}" if 0 < value < 0.1 or 0.99 < value < 1 else f"{value:.0%}"
 
 
 def _seconds(value: float) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedleak.evaluation.matching import Match
 from fedleak.evaluation.metrics import RECOVERED_MSE
+from fedleak.report.common import evenly, many, small
 
 MOST_ROUNDS = 8
 MOST_IMAGES = 8
@@ -121,23 +122,23 @@ def _strips(filmed: Sequence[Match], title: str) -> Figure:
     if len(shown) < len(filmed):
         said += f" {len(shown)} of {len(filmed)} images, evenly chosen."
     figure, axes = _sheet(width, top + len(shown) * row_height + 0.1, title, said)
-    small: dict[str, Any] = {"size": 7, "color": FAINT, "ha": "center"}
+    faint: dict[str, Any] = {"size": 7, "color": FAINT, "ha": "center"}
     for row, m in enumerate(shown):
         y = top + row * row_height
         axes.text(MARGIN, y + SIDE / 2 - 0.09, f"round {m.round}", size=9.5, weight="bold", color=INK, va="center")
         axes.text(MARGIN, y + SIDE / 2 + 0.10, f"client {m.client}, image {m.image}", size=8, color=FAINT, va="center")
         if pairs:
             _image(axes, m.true, LEFT, y, FRAME, "no truth")
-            axes.text(LEFT + SIDE / 2, y + SIDE + 0.11, "true", va="center", **small)
+            axes.text(LEFT + SIDE / 2, y + SIDE + 0.11, "true", va="center", **faint)
         for column, frame in enumerate(m.frames):
             x = first + column * step
             found = frame.mse is not None and frame.mse < RECOVERED_MSE
             _image(axes, frame.image, x, y, LEAK if found else FRAME, "")
             spent = "start" if column == 0 else f"{frame.evaluations} evaluations"
-            axes.text(x + SIDE / 2, y + SIDE + 0.11, spent, va="center", **small)
+            axes.text(x + SIDE / 2, y + SIDE + 0.11, spent, va="center", **faint)
             if frame.mse is not None:
-                error = f"{'✓ ' if found else ''}MSE {_short(frame.mse)}"
-                words = small | ({"color": LEAK, "weight": "bold"} if found else {})
+                error = f"{'✓ ' if found else ''}MSE {small(frame.mse)}"
+                words = faint | ({"color": LEAK, "weight": "bold"} if found else {})
                 axes.text(x + SIDE / 2, y + SIDE + 0.08 + LINE, error, va="center", **words)
     return figure
 
@@ -178,7 +179,7 @@ def _words(axes: Axes, m: Match, x: float, y: float) -> None:
         label, color = "" if m.label_inferred is None else f"label {m.label_inferred}", INK
     axes.text(x, y + 0.12, label, size=9, color=color, ha="center", va="center")
     if m.mse is not None and m.psnr is not None:
-        closeness = f"{m.psnr:.0f} dB · MSE {_short(m.mse)}" if math.isfinite(m.psnr) else f"MSE {_short(m.mse)}"
+        closeness = f"{m.psnr:.0f} dB · MSE {small(m.mse)}" if math.isfinite(m.psnr) else f"MSE {small(m.mse)}"
         if m.recovered:
             closeness = f"✓ {closeness}"
         axes.text(
@@ -198,16 +199,16 @@ def _headline(matches: Sequence[Match]) -> str:
     if not matches:
         return "Nothing was rebuilt: there were no updates to attack, or every attack failed."
     if not judged:
-        return f"{_count(len(matches), 'image')}, not judged: the private ones are not at hand to compare with."
+        return f"{many(len(matches), 'image')}, not judged: the private ones are not at hand to compare with."
     recovered = sum(bool(m.recovered) for m in judged)
     legend = f"(framed, ✓: mean squared error below {RECOVERED_MSE:g})"
-    return f"{recovered} of {_count(len(judged), 'private image')} recovered {legend}"
+    return f"{recovered:,} of {many(len(judged), 'private image')} recovered {legend}"
 
 
 def _tally(row: Sequence[Match]) -> str:
     judged = [m for m in row if m.recovered is not None]
     if not judged:
-        return _count(len(row), "image")
+        return many(len(row), "image")
     return f"{sum(bool(m.recovered) for m in judged)} / {len(judged)} recovered"
 
 
@@ -220,25 +221,6 @@ def _notes(matches: Sequence[Match], rounds: list[int], shown: list[int], larges
     if largest > MOST_IMAGES:
         notes.append(f"Of each round the first {MOST_IMAGES} images by client and place in the batch, not the best.")
     return notes
-
-
-def _short(error: float) -> str:
-    """0.21, 3.4e-5, 0 (exact) or inf."""
-    if 0.01 <= error < 100 or error == 0 or not math.isfinite(error):
-        return f"{error:.2g}"
-    mantissa, exponent = f"{error:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of the indices 0 … `count` - 1, evenly spread, first and last among them."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)] if most > 1 else [0]
 
 
 def pixels(image: Tensor) -> np.ndarray:

@@ -92,16 +92,15 @@ function thumbnail(place, alt, missing) {
 const short = (mse) =>
   mse === 0 ? "0" : mse >= 0.01 ? String(Number(mse.toPrecision(2))) : mse.toExponential(1);
 
-function closeness(mse) {
-  if (mse === null) return "not rebuilt";
-  return mse === 0 ? "exact, MSE 0" : `${(-10 * Math.log10(mse)).toFixed(1)} dB, MSE ${short(mse)}`;
-}
+const decibels = (mse) => (mse === 0 ? "exact" : `${(-10 * Math.log10(mse)).toFixed(1)} dB`);
+const closeness = (mse) => (mse === null ? "not rebuilt" : `${decibels(mse)}, MSE ${short(mse)}`);
 
 const where = ([run, round, client, image]) =>
   `${gallery.runs.length > 1 ? `${gallery.runs[run]}, ` : ""}round ${round}, client ${client}, image ${image}`;
 
 function card(entry) {
-  const [run, round, client, image, labelTrue, labelInferred, mse, recovered, truePlace, rebuiltPlace, film] = entry;
+  const [run, round, client, image, labelTrue, labelInferred, mse, recovered, truePlace, rebuiltPlace, film,
+    limit = null, expected = null] = entry;
   const item = element("li", recovered ? "card recovered" : "card");
   if (gallery.runs.length > 1) item.append(element("div", "where", gallery.runs[run]));
   item.append(element("div", "where", `round ${round}, client ${client}, image ${image}`));
@@ -122,7 +121,14 @@ function card(entry) {
   }
   if (recovered) label.append(element("span", "chip", "recovered"));
   item.append(label);
-  if (mse !== null) item.append(element("div", undefined, closeness(mse)));
+  if (mse !== null) item.append(element("div", undefined, limit === null ? closeness(mse) : decibels(mse)));
+  if (limit !== null) {
+    const beside = element("div", "beside");
+    if (mse !== null) beside.append(element("span", undefined, `reached ${short(mse)} ·`), " ");
+    beside.append(element("span", undefined, `possible ${short(limit)}`));
+    item.append(beside);
+  }
+  if (expected !== null) item.append(element("div", "where", `the attacker expected ${short(expected)}`));
   if (film.length) {
     const open = element("button", "evolve", "Evolution");
     open.type = "button";

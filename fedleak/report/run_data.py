@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from fedleak.evaluation.tables import ATTACK_COLUMNS
 from fedleak.truth import TruthStore
 
 ROUND_COLUMNS = ("round", "clients", "train_loss", "test_accuracy", "seconds")
+LATER_COLUMNS = ("limit_mse", "expected_mse", "limit_bits")  # runs from before they were there lack nothing
 MOST_PROBLEMS = 8
 
 T = TypeVar("T")
@@ -60,6 +61,11 @@ class RunData:
     def labels_only(self) -> bool:
         """Whether the attack went for labels and tried no image."""
         return len(self.attacks) > 0 and bool((self.attacks["stop_reason"] == StopReason.LABELS_ONLY).all())
+
+    @property
+    def limits(self) -> pd.DataFrame:
+        """The rows of `leakage` whose limit is known."""
+        return self.leakage.dropna(subset=["limit_mse"])
 
     def settings(self) -> dict[str, str]:
         """The configuration as dotted key -> value, less what repeats another key; of a class, its name alone."""
@@ -155,25 +161,31 @@ def _attack_settings(summary: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+def _updates(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The name of each update's file, and its round and client."""
+    for path in sorted(folder.glob("round-*.safetensors")):
+        if numbers := re.fullmatch(r"round-(\d+)-client-(\d+)\.safetensors", path.name):
+            yield path.name, (int(numbers[1]), int(numbers[2]))
+
+
 def _read_images(run: RunData, folder: Path, truths: TruthStore) -> None:
     store = ReconstructionStore(folder)
+    columns = ["round", "client", "image", "limit_mse"]
+    limits = {(*where, image): limit for *where, image, limit in run.limits[columns].itertuples(index=False)}
     alone = 0
-    for path in sorted(folder.glob("round-*.safetensors")):
-        numbers = re.fullmatch(r"round-(\d+)-client-(\d+)\.safetensors", path.name)
-        if numbers is None:
-            continue
-        where = int(numbers[1]), int(numbers[2])
-        reconstruction = _attempt(run, f"reconstructions/{path.name}", None, partial(store.load, *where))
+    for name, where in _updates(folder):
+        reconstruction = _attempt(run, f"reconstructions/{name}", None, partial(store.load, *where))
         if reconstruction is None:
             continue
         truth = _attempt(run, f"truth of round {where[0]}, client {where[1]}", None, partial(truths.load, *where))
         alone += truth is None and truths.folder.is_dir()
         if reconstruction.trace:
             run.traces.append((*where, reconstruction.trace))
-        pairs = _attempt(
-            run, f"reconstructions/{path.name}", None, partial(match, reconstruction, truth, similarity=False)
-        )
-        run.matches += match(reconstruction, None) if pairs is None else pairs
+        join = partial(match, reconstruction, similarity=False)
+        pairs = _attempt(run, f"reconstructions/{name}", None, partial(join, truth))
+        for pair in join(None) if pairs is None else pairs:
+            limit = limits.get((*where, pair.image)) if pair.true is not None else None
+            run.matches.append(replace(pair, limit_mse=limit))
     if alone:
         run.problems.append(f"The private images of {alone} attacked updates are not in truth/, or damaged.")
 
@@ -182,12 +194,8 @@ def _data(run: RunData, truth: Path) -> Counter[tuple[int, int]]:
     """How many images of each class each client trained on, from the truth of every round, attacked or not."""
     counts: Counter[tuple[int, int]] = Counter()
     store = TruthStore(truth)
-    for path in sorted(truth.glob("round-*.safetensors")):
-        numbers = re.fullmatch(r"round-(\d+)-client-(\d+)\.safetensors", path.name)
-        if numbers is None:
-            continue
-        where = int(numbers[1]), int(numbers[2])
-        kept = _attempt(run, f"truth/{path.name}", None, partial(store.load, *where))
+    for name, where in _updates(truth):
+        kept = _attempt(run, f"truth/{name}", None, partial(store.load, *where))
         if kept is not None:
             counts.update((where[1], int(label)) for label in kept.labels)
     return counts
@@ -246,7 +254,7 @@ def _table(run: RunData, path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A CSV file with at least `columns`; columns of numbers hold numbers, whatever the file holds."""
     empty = pd.DataFrame({column: pd.Series(dtype=float) for column in columns})
     table = _attempt(run, path.name, empty, lambda: pd.read_csv(path))
-    missing = [column for column in columns if column not in table]
+    missing = [column for column in columns if column not in table and column not in LATER_COLUMNS]
     if missing:
         run.problems.append(f"{path.name} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}.")
     table = table.reindex(columns=list(columns))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from fedleak.report.pictures import evenly
+from fedleak.report.common import evenly
 
 SHEET_SIDE = 2048
 SAMPLE = 400  # images that a setting's size is estimated from, before all are encoded

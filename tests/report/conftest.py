@@ -160,11 +160,12 @@ def write_run(
     truth: bool = True,
     std: float = 0.1,
     trace: bool = False,
+    limit: float | None = None,
 ) -> Path:
     """A run directory as fedleak run leaves it: in every batch, image 0 is recovered and the others are not.
 
-    Where `trace` is kept, the images come out of grey in two steps. The
-    label of the last image of client 0 is inferred wrongly in every round.
+    Where `trace` is kept, the images come out of grey in two steps. The label of the last image of client 0 is inferred
+    wrongly in every round. A `limit` is that of every image, and the attacker expects twice as much.
     """
     generator = torch.Generator().manual_seed(rounds)
     attack_rows, leakage_rows = [], []
@@ -180,6 +181,8 @@ def write_run(
             reconstruction = Reconstruction(
                 number, client, (private.images + noise).clamp(0, 1), labels, 1e-7, 100 * number, 0.5, "converged"
             )
+            if limit is not None:
+                reconstruction.details = {"expected_mse": [2 * limit] * batch}
             if trace:
                 reconstruction.trace = [(i * 10, 10.0**-i) for i in range(1, 8)]
                 grey, images = torch.full_like(reconstruction.images, 0.5), reconstruction.images
@@ -195,6 +198,8 @@ def write_run(
                 defense="none",
                 batch_size=batch,
                 update_residual=1e-7,
+                limit_mse=None if limit is None else torch.full((batch,), limit, dtype=torch.float64),
+                limit_bits=None if limit is None else 300.0,
             )
             attack_rows.append(row)
             leakage_rows += leaks

@@ -324,6 +324,49 @@ def test_an_attack_on_labels_alone_is_not_said_to_have_failed_at_images(make_run
     assert "Labels inferred, by round" in html
 
 
+def test_what_was_reached_stands_beside_what_was_possible(make_run):
+    run = read_run(make_run(limit=5e-5))
+    assert run.problems == []
+    assert {m.limit_mse for m in run.matches} == {5e-5}
+    assert {m.expected_mse for m in run.matches} == {1e-4}
+    made = charts(run)["limit"]
+    assert "12 of 12 images could be recovered by this measure (left of the dashed line), 6 were" in made.sentence
+    assert "an estimate" in made.sentence
+    assert made.columns == ["run", "image", "reached", "possible"]
+    assert made.rows[0] == ["run", "round 1, client 0, image 0", pytest.approx(1e-4, rel=1e-3), pytest.approx(5e-5)]
+    [diagonal, points, *_] = made.spec["layer"]
+    assert [(end["limit"], end["reached"]) for end in diagonal["data"]["values"]] == [(1e-5, 1e-5), (0.01, 0.01)]
+    assert [tip["field"] for tip in points["encoding"]["tooltip"]] == ["run", "image", "mse", "limit"]
+    html = render([run])
+    assert "By an estimate made for 12 images, the updates tell enough to recover 12 of them." in html
+    assert "<dt>median error, reached / possible</dt>" in html
+    assert "median MSE possible</th>" in html
+    assert "Reached and possible</dt>" in html
+
+
+def test_an_exact_copy_and_an_infinite_error_beside_their_limits(make_run):
+    run = read_run(make_run(limit=5e-5))
+    run.leakage.loc[0, "mse"], run.leakage.loc[1, "mse"] = 0.0, float("inf")
+    made = charts(run)["limit"]
+    assert len(made.rows) == 11
+    assert made.spec["data"]["values"][0]["reached"] == 1e-5
+    assert made.rows[0][2] == 0
+
+
+def test_a_run_without_limits_is_shown_as_before_there_were_any(make_run):
+    folder = make_run()
+    html = page(folder)
+    for word in ("possible</", "could be expected", "By an estimate", "What was reached"):
+        assert word not in html
+    for name, last in (("attacks.csv", 1), ("leakage.csv", 2)):  # as an earlier version left it
+        lines = (folder / name).read_text().splitlines()
+        (folder / name).write_text("".join(line.rsplit(",", last)[0] + "\n" for line in lines))
+    assert page(folder) == html
+    both = page(folder, make_run("limited", limit=5e-5))
+    table = both[both.index('<table class="compare">') :]
+    assert "<td>–</td>" in table[table.index("median error, reached / possible") :].split("</tr>")[0]
+
+
 # --- the thumbnails ---------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +501,16 @@ def test_pictures_are_where_they_should_be(make_run, browser):
     alt = window.run("return [...document.querySelectorAll('#cards .card i')].slice(0, 2).map(i => i.ariaLabel)")
     assert alt[0] == "private image, label 0"
     assert alt[1].startswith("rebuilt image, inferred label 0, 40.0 dB")
+
+
+def test_cards_say_what_was_reached_and_what_was_possible(make_run, browser):
+    window = opened(browser, write_report([make_run(limit=5e-5)], make_run("x").parent / "r.html"))
+    card = window.run(CARDS)[0]
+    assert "40.0 dB\nreached 1.0e-4 · possible 5.0e-5\nthe attacker expected 1.0e-4" in card
+    assert window.run("return document.querySelectorAll('#panel-limit svg .mark-symbol.role-mark path').length") == 12
+    plain = opened(browser, write_report([make_run("plain")], make_run("y").parent / "r.html"))
+    assert "40.0 dB, MSE 1.0e-4" in plain.run(CARDS)[0]
+    assert window.log() == plain.log() == []
 
 
 def test_the_evolution_of_an_image(make_run, browser):

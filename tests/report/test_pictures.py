@@ -6,7 +6,8 @@ import torch
 from matplotlib.image import imread
 
 from fedleak.evaluation.matching import Frame, Match
-from fedleak.report.pictures import _figure, _strips, evenly, evolution_png, pixels, reconstructions_png
+from fedleak.report.common import evenly
+from fedleak.report.pictures import _figure, _strips, evolution_png, pixels, reconstructions_png
 
 LEAK = np.array([0xC0, 0x3A, 0x06])
 
