@@ -203,17 +203,17 @@ def _data(run: RunData, truth: Path) -> Counter[tuple[int, int]]:
 
 def _compare_counts(run: RunData) -> None:
     """A table that was cut short between two rows looks whole: the summary knows better."""
-    updates = run.summary.get("observations")
-    failed = run.summary.get("failed")
     stored = len({(m.round, m.client) for m in run.matches})
     judged = sum(m.recovered is not None for m in run.matches)
+    updates, failed = (run.summary.get(name) for name in ("observations", "failed"))
+    tried, not_tried = run.summary.get("images", judged), run.summary.get("images_not_tried", 0)
     for what, count, expected in (
         ("rounds.csv holds {} rounds", len(run.rounds), run.summary.get("rounds")),
         ("attacks.csv holds {} updates", len(run.attacks), updates),
         (
             "leakage.csv holds {} scored images",
             int(run.leakage["recovered"].count()),
-            run.summary.get("images", judged),
+            tried + not_tried if isinstance(tried, int) and isinstance(not_tried, int) else None,
         ),
         (
             "Reconstructions of {} updates are there",
