@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +47,11 @@ class ImagePrior:
     def coordinates(self, images: Tensor) -> Tensor:
         """All coordinates ``[..., D]`` of images ``[..., C, H, W]``."""
         return (images.flatten(-3).to(self.mean) - self.mean) @ (self.root / self.variance[:, None]).T
+
+    def tempered(self, power: float) -> ImagePrior:
+        """The same eigenvectors with variances v₁ (v / v₁)^power: above 1, detail is held back."""
+        ratio = self.variance / self.variance[0]
+        return replace(self, root=self.root * (ratio ** ((power - 1) / 2))[:, None])
 
     def basis(self, first: int, last: int) -> Tensor:
         """Coordinates `first` to `last` as images ``[last − first, C, H, W]``."""

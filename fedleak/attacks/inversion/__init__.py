@@ -2,6 +2,7 @@
 
 from fedleak.attacks.inversion.closed_form import Peeling
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.map import MAP
 from fedleak.attacks.inversion.objectives import L2, Cosine, Objective, RelativeL2
 from fedleak.attacks.inversion.optimizers import LBFGS, Adam, Optimizer
 from fedleak.attacks.inversion.priors import ImageNorm, Prior, SmoothTotalVariation, TotalVariation
@@ -9,6 +10,7 @@ from fedleak.attacks.inversion.priors import ImageNorm, Prior, SmoothTotalVariat
 __all__ = [
     "L2",
     "LBFGS",
+    "MAP",
     "Adam",
     "Cosine",
     "GradientMatching",

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedleak.attacks.functional import functional_copy
 from fedleak.attacks.inversion.objectives import Objective
 
 Rows = dict[str, Tensor]
@@ -59,7 +59,7 @@ class Distance(ABC):
         self.objective = objective
         self.device = torch.device(device)
         self.dtype = dtype
-        self.model = _functional_copy(model, training_mode).to(self.device, dtype)
+        self.model = functional_copy(model, training_mode).to(self.device, dtype)
         self._buffers = {name for name, _ in self.model.named_buffers()}
         self.shared_parameters = None if shared is None else self._move(shared.parameters)
         self.shared_buffers = None if shared is None else self._move(self._used(shared.buffers))
@@ -170,17 +170,6 @@ class VmapDistance(Distance):
 def _kind(rows: Rows, kind: str) -> Rows:
     """The tensors of a kind, by name."""
     return {key.removeprefix(f"{kind}:"): value for key, value in rows.items() if key.startswith(f"{kind}:")}
-
-
-def _functional_copy(model: nn.Module, training_mode: bool) -> nn.Module:
-    """A copy that may be differentiated twice under vmap: nothing in place, no running statistics in train mode."""
-    model = copy.deepcopy(model).train(training_mode)
-    if training_mode:
-        torch.func.replace_all_batch_norm_modules_(model)  # batch statistics are used, running ones not updated
-    for module in model.modules():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
-    return model.requires_grad_(False)
 
 
 def _activations(model: nn.Module, images_shape: Sequence[int]) -> int:

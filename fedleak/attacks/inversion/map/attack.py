@@ -1,0 +1,391 @@
+"""Maximum a posteriori inversion: starts, labels, the noise's level, and what becomes of every update."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
+from fedleak.attacks.chain.base import Rows
+from fedleak.attacks.image_prior import ImagePrior, natural_prior, prior_of_images
+from fedleak.attacks.inversion.map.solver import GaussNewton, Settings, State
+from fedleak.attacks.jacobian.models import update_model
+from fedleak.attacks.noise import Noise, noise_of
+from fedleak.attacks.problem import Problem, pose
+from fedleak.attacks.results import Progress, Reconstruction, StopReason
+from fedleak.capture import Observation
+from fedleak.errors import UsageError
+from fedleak.seeding import generator
+
+_EXPLAINED = 3.0
+"""The misfit up to which the images explain the update: 1 is what noise alone leaves."""
+_LARGE = 200
+"""Elements from which a tensor's residual tells the size of its own noise."""
+_DRAWS = 6
+_TEMPER = 1.5
+"""Of the prior on the way: detail that is free too early leads into dead ends."""
+_TOGETHER = 2**30
+"""Bytes of derivatives in float32 that are held at once."""
+
+
+class MAP(Inversion):
+    """The most likely images under a Gaussian prior, by regularised Gauss-Newton; see `solver`.
+
+    What comes out says whether it is right, without any truth: ``converged`` where the residual is down at the noise,
+    and in ``details`` ``expected_mse``, the error of each image that the linearised posterior expects. The noise is
+    float32 rounding, with what a defense leaves where that is granted (``threat.defense=true``), can be seen beyond the
+    rank of the last layer's gradient, or is left over, white, by every start.
+
+    Labels must be known or inferred; of several candidates the one that explains the update best is kept. An update of
+    several local steps is differentiated through the client's own loop, in the order of the labels given.
+
+    Args:
+        restarts: starts of each update, at most; another one follows where one ended in a dead end.
+        max_steps: Gauss-Newton steps of a start.
+        candidates: label multisets of a guess to try.
+        prior: ``auto`` takes auxiliary images where they are granted, ``natural`` a spectrum of natural images.
+
+    References:
+        Bakushinskii 1992 (iteratively regularised Gauss-Newton); Tarantola 2005 (linearised posteriors).
+    """
+
+    def __init__(self, *, restarts: int = 4, max_steps: int = 40, candidates: int = 1, prior: str = "auto") -> None:
+        for name, value in (("restarts", restarts), ("max_steps", max_steps), ("candidates", candidates)):
+            if value < 1:
+                raise UsageError(f"inversion.{name}={value}: must be at least 1")
+        if prior not in ("auto", "natural"):
+            raise UsageError(f"inversion.prior={prior}: choose one of auto, natural")
+        self.restarts = restarts
+        self.candidates = candidates
+        self.prior = prior
+        self.settings = Settings(max_steps=max_steps)
+
+    def invert(
+        self,
+        observations: Sequence[Observation],
+        guesses: Sequence[LabelGuess | None],
+        knowledge: Knowledge,
+        run: Run,
+    ) -> list[Reconstruction]:
+        """Rebuild the private images behind each observation; see `Inversion.invert`.
+
+        Raises:
+            UsageError: labels are left open, or an update does not fit the model.
+        """
+        problems = pose(observations, guesses, knowledge)
+        for problem in problems:
+            if problem.labels is None:
+                raise UsageError("attack.inversion=map needs labels; choose another attack/labels than joint")
+        prior = image_prior(knowledge, self.prior).to(run.device)
+        solutions: dict[int, list[_Solution]] = {}
+        work = _Work(self, knowledge, prior, run, len(problems))
+        for problem in problems:
+            if not _finite(problem):
+                shape = (problem.samples, *knowledge.image_shape)
+                solutions.setdefault(problem.index, []).append(_Solution(torch.full(shape, 0.5), _labels(problem, 0)))
+        for group in _groups([p for p in problems if _finite(p)], prior, knowledge):
+            for problem, solution in zip(group, work.solve(group), strict=True):
+                solutions.setdefault(problem.index, []).append(solution)
+        results = []
+        for index, observation in enumerate(observations):
+            result = _reconstruction(observation, solutions.get(index, []), knowledge)
+            results.append(result)
+            if run.on_result is not None:
+                run.on_result(index, result)
+        return results
+
+
+def image_prior(knowledge: Knowledge, kind: str = "auto") -> ImagePrior:
+    """What the attacker believes of an image: from auxiliary images where it holds at least two, else natural ones."""
+    auxiliary = knowledge.auxiliary
+    if kind == "auto" and auxiliary is not None and len(auxiliary[0]) > 1:
+        key = (auxiliary[0].data_ptr(), tuple(auxiliary[0].shape))
+        if key not in _PRIORS:
+            _PRIORS.clear()
+            _PRIORS[key] = (auxiliary[0], prior_of_images(auxiliary[0]))
+        return _PRIORS[key][1]
+    return natural_prior(knowledge.image_shape)
+
+
+_PRIORS: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ImagePrior]] = {}
+"""The last prior that was made, and the images it was made of (kept, so that their address stays theirs)."""
+
+
+@dataclass
+class _Solution:
+    """The best that was found for one problem."""
+
+    images: Tensor
+    labels: Tensor
+    misfit: float = float("inf")
+    reason: StopReason = StopReason.DIVERGED
+    expected: Tensor | None = None
+    noise: float = float("nan")
+    evaluations: int = 0
+    seconds: float = 0.0
+    starts: int = 0
+    start: int = 0
+    candidate: int = 0
+    trace: list[tuple[int, float]] | None = None
+    snapshots: list[tuple[int, Tensor]] | None = None
+
+
+class _Work:
+    """The problems of one call."""
+
+    def __init__(self, attack: MAP, knowledge: Knowledge, prior: ImagePrior, run: Run, count: int) -> None:
+        self.attack, self.knowledge, self.prior, self.run, self.count = attack, knowledge, prior, run, count
+        self.began = time.perf_counter()
+        self.done: list[_Solution] = []
+        self.evaluations = 0
+
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self.run.seconds is not None and time.perf_counter() - self.began > self.run.seconds
+
+    def solve(self, problems: list[Problem]) -> list[_Solution]:
+        """Solutions of problems of equal size, each after as many starts as it takes."""
+        shape = (problems[0].samples, *self.knowledge.image_shape)
+        best = [_Solution(torch.full(shape, 0.5), _labels(problem, 0)) for problem in problems]
+        noises = [noise_of(problem.targets[0], problem.samples) for problem in problems]
+        waiting = list(range(len(problems)))
+        for attempt in range(self.attack.restarts * self.attack.candidates):
+            some = [i for i in waiting if attempt < self.attack.restarts * self._candidates(problems[i])]
+            if not some or (attempt and self.late()):
+                break
+            for index, solution in zip(
+                some, self._start([problems[i] for i in some], [noises[i] for i in some], attempt), strict=True
+            ):
+                before = best[index]
+                spent = before.evaluations + solution.evaluations, before.seconds + solution.seconds
+                if solution.misfit < before.misfit:
+                    best[index] = solution
+                best[index].evaluations, best[index].seconds = spent
+                best[index].starts = attempt + 1
+            waiting = [i for i in some if best[i].reason != StopReason.CONVERGED]
+        self.done += best
+        return best
+
+    def _candidates(self, problem: Problem) -> int:
+        assert problem.labels is not None
+        return min(self.attack.candidates, len(problem.labels))
+
+    def _start(self, problems: list[Problem], noises: list[Noise], attempt: int) -> list[_Solution]:
+        """One start of each problem, all together."""
+        began = time.perf_counter()
+        device, prior = torch.device(self.run.device), self.prior
+        targets = [problem.targets[0] for problem in problems]
+        chosen = [attempt % self._candidates(problem) for problem in problems]
+        labels = torch.stack([_labels(p, c) for p, c in zip(problems, chosen, strict=True)]).to(device)
+        observed = {
+            n: torch.stack([t.update[n].double().flatten() for t in targets]).to(device) for n in targets[0].update
+        }
+        exact, rough = (
+            update_model(self.knowledge.model, targets, self.knowledge.image_shape, device=device, dtype=dtype)
+            for dtype in (torch.float64, torch.float32)
+        )
+        hot = one_hot(labels, self.knowledge.classes).double()
+        settings = self.attack.settings
+        path = prior.tempered(_TEMPER)
+        solver = GaussNewton(exact, rough, observed, _stack(noises, device), hot, path, settings)
+        first = min([*settings.stages, prior.root.shape[0]])
+        size = 0.1 if attempt < max(map(self._candidates, problems)) else 0.5
+        draws = [
+            torch.randn(
+                p.samples, first, generator=generator(self.run.seed, "map", *p.key, attempt), dtype=torch.float64
+            )
+            for p in problems
+        ]
+        trace: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def on_step(state: State) -> bool:
+            trace.append((state.evaluations.cpu(), state.misfit.cpu(), solver.images(state.z).half().cpu()))
+            self._progress(state)
+            return self.late()
+
+        state = solver.run(solver.start(size * torch.stack(draws).to(device)), on_step=on_step)
+        error = solver.rounding(state)
+        precision, levels = _calibrated(solver, state, error, noises)
+        reasons = [_reason(solver, state, i, noises[i], level) for i, level in enumerate(levels.tolist())]
+        spent = state.evaluations
+        solver.weigh(precision)
+        solver.prior = prior
+        state = solver.run(solver.start(state.z * (path.variance / prior.variance).sqrt()[: state.z.shape[2]]))
+        expected = _expected(solver, state, error)
+        images = solver.images(state.z).float().clamp(0, 1).cpu()
+        seconds = (time.perf_counter() - began) / len(problems)
+        self.evaluations += int((spent + state.evaluations).sum())
+        return [
+            _Solution(
+                images[i],
+                labels[i].cpu(),
+                misfit=float(levels[i]),
+                reason=reasons[i],
+                expected=expected[i].cpu(),
+                evaluations=int(spent[i]) + int(state.evaluations[i]),
+                seconds=seconds,
+                start=attempt,
+                candidate=chosen[i],
+                trace=[(int(e[i]), float(m[i])) for e, m, _ in trace],
+                snapshots=_few([(int(e[i]), x[i].float().clamp(0, 1).half()) for e, _, x in trace]),
+            )
+            for i in range(len(problems))
+        ]
+
+    def _progress(self, state: State) -> None:
+        if self.run.on_progress is None:
+            return
+        evaluations = self.evaluations + int(state.evaluations.sum())
+        spent = max(time.perf_counter() - self.began, 1e-9)
+        converged = sum(solution.reason == StopReason.CONVERGED for solution in self.done)
+        level = float(state.misfit.median())
+        self.run.on_progress(
+            Progress(self.count, len(self.done), converged, 0, level, evaluations, evaluations / spent)
+        )
+
+
+def _expected(solver: GaussNewton, state: State, rounding: Rows) -> Tensor:
+    """The error of each image that the posterior expects, ``[P, B]``.
+
+    Draws from it count the noise of every element for itself. Rounding is not like that: what a layer rounds, all
+    gradients below it share. So the answer's own rounding is followed to the images too.
+    """
+    root = solver.prior.root[: state.z.shape[2]]
+    drawn = [(move @ root).square().mean(2) for move in solver.draws(state, _DRAWS, seed=1)]
+    followed = (solver.estimate(state, rounding) @ root).square().mean(2) * state.misfit.clamp(max=1)[:, None]
+    return torch.stack(drawn).mean(0).maximum(followed)
+
+
+def _calibrated(solver: GaussNewton, state: State, rounding: Rows, noises: list[Noise]) -> tuple[Rows, Tensor]:
+    """Precisions with noise as large as the answer's rounding and residual say, and the misfit left, ``[P]``.
+
+    A defense's noise that is granted stays. One that is not is scaled to the residual, tensor by tensor, less what the
+    answer followed of it; small tensors take the others' share. Rounding is that of the answer's own update.
+    """
+    fixed = torch.tensor([noise.granted for noise in noises], device=state.misfit.device)
+    found, squares, counts = {}, {}, {}
+    for name, residual in state.residual.items():
+        root = solver.root[name]
+        rounded = rounding[name].square().mean(1).clamp(min=1e-60).sqrt()
+        std = torch.where(root > 0, 1 / root, torch.inf)
+        seen = fixed | (std.amin(1) > 10 * rounded)  # far above rounding: a defense's noise
+        std = torch.where(seen[:, None] | ~std.isfinite(), std, rounded[:, None])
+        found[name] = std
+        squares[name] = (residual / root.clamp(min=1e-300) / std).square().nan_to_num(0, 0, 0).sum(1)
+        counts[name] = std.isfinite().expand_as(residual).sum(1).double()
+    count = torch.stack(list(counts.values())).sum(0)
+    misfit = torch.stack(list(squares.values())).sum(0) / count
+    unknowns = state.z.shape[1] * state.z.shape[2]
+    large = [n for n, r in state.residual.items() if r.shape[1] >= _LARGE] or list(squares)
+    result = {}
+    for name, std in found.items():
+        of = [name] if name in large else large
+        free = torch.stack([counts[n] for n in of]).sum(0)
+        free = (free * (1 - unknowns / count)).clamp(min=0.05 * free)
+        share = torch.where(fixed, 1.0, (torch.stack([squares[n] for n in of]).sum(0) / free).clamp(min=0.05))
+        precision = (std * share.sqrt()[:, None]) ** -2.0
+        result[name] = precision[:, 0] if precision.shape[1] == 1 else precision
+    return result, misfit
+
+
+def _reason(solver: GaussNewton, state: State, place: int, noise: Noise, misfit: float) -> StopReason:
+    """Why a start ended; a residual that is white and as large in every tensor is a defense's noise."""
+    if not math.isfinite(misfit):
+        return StopReason.DIVERGED
+    if misfit <= _EXPLAINED or (not noise.granted and _uniform(solver, state, place)):
+        return StopReason.CONVERGED
+    return StopReason.STALLED if float(state.slow[place]) >= 4 else StopReason.BUDGET
+
+
+def _uniform(solver: GaussNewton, state: State, place: int) -> bool:
+    """Whether the residual in the update's own units is equally large in every large tensor, as added noise is."""
+    sizes = []
+    for name, value in state.residual.items():
+        root = solver.root[name][place]
+        if value.shape[1] >= _LARGE and bool((root > 0).all()):
+            sizes.append(float((value[place] / root).square().mean().sqrt()))
+    return len(sizes) > 1 and max(sizes) < 1.5 * min(sizes)
+
+
+def _stack(noises: Sequence[Noise], device: torch.device) -> dict[str, Tensor]:
+    """Precisions, name -> ``[P]``, or ``[P, n]`` where any problem's differ within the tensor."""
+    each = [noise.precision() for noise in noises]
+    stacked = {}
+    for name in each[0]:
+        values = [precision[name] for precision in each]
+        longest = max(value.numel() for value in values)
+        if longest > 1:
+            values = [value.expand(longest) for value in values]
+        stacked[name] = torch.stack(values).to(device)
+    return stacked
+
+
+def _labels(problem: Problem, candidate: int) -> Tensor:
+    assert problem.labels is not None
+    return problem.labels[candidate].cpu()
+
+
+def _finite(problem: Problem) -> bool:
+    return all(bool(v.isfinite().all()) for t in problem.targets for v in (*t.update.values(), *t.parameters.values()))
+
+
+def _groups(problems: list[Problem], prior: ImagePrior, knowledge: Knowledge) -> list[list[Problem]]:
+    """Problems that are solved together: as many samples and trained alike, and as many as memory holds."""
+    numbers = sum(p.numel() for p in knowledge.model.parameters())
+    groups: dict[object, list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.samples, problem.targets[0].training), []).append(problem)
+    found = []
+    for group in groups.values():
+        unknowns = group[0].samples * prior.root.shape[0]
+        each = max(1, _TOGETHER // (4 * unknowns * (numbers + unknowns)))
+        found += [group[first : first + each] for first in range(0, len(group), each)]
+    return found
+
+
+def _few(rows: list[tuple[int, Tensor]], most: int = 8) -> list[tuple[int, Tensor]]:
+    """At most so many, the first and the last among them."""
+    if len(rows) <= most:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+
+
+def _reconstruction(observation: Observation, found: list[_Solution], knowledge: Knowledge) -> Reconstruction:
+    """What became of an observation; its samples side by side where each had its own gradient."""
+    if not found:
+        size = observation.training.samples or 1
+        images, labels = torch.full((size, *knowledge.image_shape), 0.5), torch.zeros(size, dtype=torch.int64)
+        reason = observation.error or "empty"
+        return Reconstruction(
+            observation.round, observation.client, images, labels, float("nan"), 0, 0.0, reason, restarts=0
+        )
+    worst = max(found, key=lambda s: (s.reason != StopReason.CONVERGED, s.misfit))
+    expected = torch.cat(
+        [s.expected if s.expected is not None else torch.full((len(s.labels),), torch.nan) for s in found]
+    )
+    one = found[0] if len(found) == 1 else replace(found[0], trace=None, snapshots=None)
+    return Reconstruction(
+        observation.round,
+        observation.client,
+        torch.cat([s.images for s in found]),
+        torch.cat([s.labels for s in found]),
+        sum(s.misfit for s in found) / len(found),
+        sum(s.evaluations for s in found),
+        sum(s.seconds for s in found),
+        worst.reason,
+        restarts=max(s.starts for s in found),
+        trace=one.trace or [],
+        snapshots=one.snapshots or [],
+        details={
+            "method": "map",
+            "expected_mse": [float(f"{v:.4g}") for v in expected.tolist()],
+            "start": one.start,
+            "candidate": one.candidate,
+        },
+    )

@@ -1,0 +1,79 @@
+"""The normal matrix of a Gauss-Newton step in float32, whole or in the parts that matter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedleak.attacks.chain.base import Rows
+from fedleak.attacks.jacobian.base import UpdateModel
+
+_WHOLE = 3500
+"""Unknowns up to which the whole normal matrix is taken."""
+
+
+class Preconditioner:
+    """Approximate inverse of JᵀJ / s + 1 + λ of P problems, from derivatives in float32.
+
+    Small problems: the whole matrix. Large ones: the sum of two inverses, that of every sample's own block, which knows
+    all its coordinates, and that of the leading coordinates of all samples, which knows how samples hang together.
+
+    Args:
+        precision: name -> ``[P]`` or ``[P, n]``, the noise's inverse variance.
+        basis: ``[K, C, H, W]``, the coordinates.
+    """
+
+    def __init__(self, precision: Rows, basis: Tensor) -> None:
+        self.precision = {name: value.float() for name, value in precision.items()}
+        self.basis = basis.float()
+        self.ready = False
+
+    def renew(self, model: UpdateModel) -> None:
+        """Take the derivatives where `model` stands."""
+        batch, width = model.batch, len(self.basis)
+        self.lead = width if batch * width <= _WHOLE else min(width, max(32, _WHOLE // batch))
+        self.blocks: Tensor | None = None
+        blocks, leading = [], []
+        if self.lead == width:
+            self.coarse = model.jacobian(self.basis).gram(self.precision)
+        else:
+            for jacobian in model.jacobians(self.basis):
+                blocks.append(jacobian.own_grams(self.precision))
+                leading.append(jacobian.leading(self.lead))
+            self.blocks = torch.cat(blocks, 1)
+            self.coarse = type(leading[0]).join(leading).gram(self.precision)
+        self.ready = True
+
+    def factor(self, s: Tensor, damping: Tensor) -> None:
+        """Take s and λ ``[P]``."""
+        self.coarse_factor = _cholesky(self.coarse, s, damping)
+        self.block_factors = None
+        if self.blocks is not None:
+            each = self.blocks.flatten(0, 1)
+            spread = self.blocks.shape[1]
+            self.block_factors = _cholesky(each, s.repeat_interleave(spread), damping.repeat_interleave(spread))
+
+    def solve(self, right: Tensor) -> Tensor:
+        """``[P, B, K]`` float64 of right sides of that shape."""
+        size = right.flatten(1).norm(dim=1).clamp(min=1e-300)[:, None, None]
+        unit = (right / size).float()
+        low = unit[..., : self.lead]
+        found = torch.cholesky_solve(low.flatten(1)[..., None], self.coarse_factor)[..., 0].view(low.shape)
+        if self.block_factors is not None:
+            own = torch.cholesky_solve(unit.flatten(0, 1)[..., None], self.block_factors)[..., 0].view(unit.shape)
+            found = own + torch.nn.functional.pad(found, (0, unit.shape[2] - self.lead))
+        return found.double() * size
+
+
+def _cholesky(gram: Tensor, s: Tensor, damping: Tensor) -> Tensor:
+    """Factors of gram / s + 1 + λ ``[N, n, n]``, lifted as far as float32 needs."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    scale = (1 / s).float()[:, None]
+    lift = 1e-6
+    while True:
+        matrix = gram * scale[..., None]
+        matrix.diagonal(dim1=1, dim2=2).add_((1 + damping).float()[:, None] + lift * diagonal * scale)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if not bool((failed != 0).any()) or lift > 1:
+            return factor
+        lift *= 10
