@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from fedleak.attacks import Knowledge, Reconstruction
 from fedleak.capture import Observation
+from fedleak.defenses import Defense
+from fedleak.evaluation.limits import limits_of
 from fedleak.evaluation.matching import LEAKAGE_COLUMNS, Match, match
 from fedleak.evaluation.tables import ATTACK_COLUMNS, score
 from fedleak.facts import defense_name
+from fedleak.limit import Limit
 from fedleak.local_update import local_update
 from fedleak.setup import Setup
 from fedleak.threads import one_thread
@@ -58,9 +61,15 @@ class Judgement:
 def judge(attacked: Attacked, truths: TruthStore, setup: Setup) -> Judgement:
     """Join every reconstruction with its ground truth, where there is one, and repeat the client's training on it."""
     attacks, leakage, matches = [], [], []
-    for observation, reconstruction in zip(attacked.observations, attacked.reconstructions, strict=True):
-        truth = truth_behind(observation, truths.load)
-        found = match(reconstruction, truth)
+    behind = [truth_behind(observation, truths.load) for observation in attacked.observations]
+    limits: dict[int, Limit] = {}
+    if setup.limit == "auto":
+        defense = setup.defense.build(Defense)
+        limits = limits_of(attacked.observations, behind, attacked.knowledge, setup.training, defense)
+    pairs = zip(attacked.observations, attacked.reconstructions, behind, strict=True)
+    for index, (observation, reconstruction, truth) in enumerate(pairs):
+        possible = limits.get(index)
+        found = match(reconstruction, truth, limit_mse=possible.mse if possible else None)
         row, images = score(
             reconstruction,
             truth,
@@ -68,6 +77,7 @@ def judge(attacked: Attacked, truths: TruthStore, setup: Setup) -> Judgement:
             attack=setup.attack.name,
             defense=defense_name(setup.defense),
             batch_size=observation.training.batch_size,
+            limit_bits=possible.bits if possible else None,
             update_residual=update_residual(attacked.knowledge.model, observation, truth, setup.training),
         )
         attacks.append(row)
