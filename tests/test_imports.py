@@ -1,17 +1,23 @@
-"""The rooms of the house: no circle of imports, and an attacker that knows nothing of federations or configuration."""
+"""The rooms of the house: no circle of imports, and attacks that know nothing of federations and need torch alone."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1] / "fedleak"
+import pytest
+
+ROOT = Path(__file__).parents[1]
 MODULES = {
-    ".".join(["fedleak", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
-    for path in ROOT.rglob("*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "fedleak").rglob("*.py"))
 }
-FOREIGN = ("flwr", "hydra", "omegaconf", "ray")
+ENGINE = [m for m in MODULES if f"{m}.".startswith("fedleak.attacks.") or m in ("fedleak.capture", "fedleak.training")]
+FOREIGN = {"flwr", "hydra", "omegaconf", "ray"}
 """What a bare GPU machine lacks."""
 UPPER = ("federation", "config", "pipeline", "cli", "studies", "report", "evaluation", "truth", "data", "api")
 """Rooms of fedleak that stand on the attacks."""
@@ -45,32 +51,32 @@ def imported(module: str, *, everywhere: bool = False) -> set[str]:
     return found
 
 
+def reached(start: list[str]) -> Iterator[tuple[str, str]]:
+    """(module, what it imports, even lazily), of some modules, of what they import, and of what that imports."""
+    seen, todo = set(start), list(start)
+    while todo:
+        module = todo.pop()
+        for name in sorted(imported(module, everywhere=True)):
+            yield module, name
+            if name in MODULES and name not in seen:
+                seen.add(name)
+                todo.append(name)
+
+
 def test_nothing_imports_in_a_circle():
-    edges = {module: imported(module) & set(MODULES) for module in MODULES}
-    done: set[str] = set()
-
-    def walk(module: str, path: tuple[str, ...]) -> None:
-        assert module not in path, " -> ".join([*path[path.index(module) :], module])
-        if module not in done:
-            for other in sorted(edges[module]):
-                walk(other, (*path, module))
-            done.add(module)
-
-    for module in sorted(edges):
-        walk(module, ())
+    try:
+        TopologicalSorter({module: imported(module) & MODULES.keys() for module in MODULES}).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_attacks_know_nothing_of_federations_or_configuration():
-    below = {"fedleak.attacks"}
-    while more := {o for m in below for o in imported(m, everywhere=True) if o in MODULES} - below:
-        below |= more  # what they import, and what that imports
-    below |= {module for module in MODULES if module.startswith("fedleak.attacks.")}
-    for module in sorted(below):
-        for name in sorted(imported(module, everywhere=True)):
-            parts = name.split(".")
-            assert parts[0] not in FOREIGN, f"{module} imports {name}"
-            if parts[0] == "fedleak" and module.startswith("fedleak.attacks"):
-                assert len(parts) == 1 or parts[1] not in UPPER, f"{module} imports {name}"
+    for module, name in reached(ENGINE):
+        room = name.split(".")[1] if name.startswith("fedleak.") else ""
+        assert name.split(".")[0] not in FOREIGN, f"{module} imports {name}"
+        assert room != "federation", f"{module} imports {name}"
+        if module.startswith("fedleak.attacks"):
+            assert room not in UPPER, f"{module} imports {name}"
 
 
 def test_the_ground_floor_stands_on_nothing_above_it():
@@ -85,3 +91,52 @@ def test_the_ground_floor_stands_on_nothing_above_it():
     }.items():
         own = {n.split(".")[1] for n in imported(module, everywhere=True) if n.startswith("fedleak.")}
         assert own <= allowed, module
+
+
+# Run in a process of its own. Whatever `pip install torch numpy` does not bring cannot be imported in it.
+BARE = """
+import re, runpy, sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+
+def plain(requirement):
+    return re.match(r"[\\w.-]+", requirement)[0].lower().replace("_", "-").replace(".", "-")
+
+there, todo = set(), ["torch", "numpy"]
+while todo:
+    name = todo.pop()
+    if name not in there:
+        there.add(name)
+        try:
+            todo += [plain(r) for r in requires(name) or () if "extra ==" not in r]
+        except PackageNotFoundError:
+            pass
+homes = packages_distributions()
+
+class Bare:
+    def find_spec(self, name, path=None, target=None):
+        home = {plain(d) for d in homes.get(name.partition(".")[0], ())} - {"fedleak"}
+        if home and not home & there:
+            raise ModuleNotFoundError(f"No module named {name!r} on a bare machine", name=name)
+
+sys.meta_path.insert(0, Bare())
+for forbidden in ("flwr", "hydra", "pandas", "sklearn"):
+    try:
+        __import__(forbidden)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(forbidden + " was not withheld")
+"""
+
+
+def bare(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", BARE + code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_engine_imports_beside_torch_and_numpy_alone():
+    bare("\n".join(f"import {name}" for name in [*ENGINE, "fedleak.models.lenet", "fedleak.threat", "fedleak.seeding"]))
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_starts_beside_torch_and_numpy_alone(script):
+    bare(f"sys.argv = [{script.name!r}, '--help']\nrunpy.run_path({str(script)!r}, run_name='__main__')")

@@ -42,7 +42,8 @@ class ImagePrior:
 
     def images(self, z: Tensor) -> Tensor:
         """Images ``[..., C, H, W]`` of the leading coordinates ``[..., K]``, the others being zero."""
-        return (self.mean + z @ self.root[: z.shape[-1]]).unflatten(-1, self.image_shape)
+        images: Tensor = (self.mean + z @ self.root[: z.shape[-1]]).unflatten(-1, self.image_shape)
+        return images
 
     def coordinates(self, images: Tensor) -> Tensor:
         """All coordinates ``[..., D]`` of images ``[..., C, H, W]``."""
@@ -55,7 +56,8 @@ class ImagePrior:
 
     def basis(self, first: int, last: int) -> Tensor:
         """Coordinates `first` to `last` as images ``[last − first, C, H, W]``."""
-        return self.root[first:last].unflatten(1, self.image_shape)
+        basis: Tensor = self.root[first:last].unflatten(1, self.image_shape)
+        return basis
 
 
 def prior_of_images(images: Tensor) -> ImagePrior:
@@ -130,6 +132,6 @@ def _falling(values: Tensor) -> Tensor:
 def _cosines(size: int) -> Tensor:
     """The orthonormal cosine transform (DCT-II), ``[frequency, position]``."""
     k, x = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)[None]
-    matrix = torch.cos(torch.pi * k * (x + 0.5) / size) * (2 / size) ** 0.5
+    matrix: Tensor = torch.cos(torch.pi * k * (x + 0.5) / size) * (2 / size) ** 0.5
     matrix[0] /= 2**0.5
     return matrix

@@ -156,7 +156,7 @@ def _gram_of_factors(block: Factored) -> Tensor:
     """⟨ṙ_i h_iᵀ + r_i ḣ_iᵀ, ṙ_j h_jᵀ + r_j ḣ_jᵀ⟩ for all samples and coordinates, ``[P, D, D]``."""
     k = block.delta_dot.shape[2]
     inputs, deltas = block.inputs_dot.flatten(1, 2), block.delta_dot.flatten(1, 2)
-    total = _add_gram(inputs, None).unflatten(2, (-1, k)).unflatten(1, (-1, k))  # [P, B, K, B, K]
+    total: Tensor = _add_gram(inputs, None).unflatten(2, (-1, k)).unflatten(1, (-1, k))  # [P, B, K, B, K]
     total *= (block.delta @ block.delta.mT)[:, :, None, :, None]
     total += (deltas @ deltas.mT).view_as(total) * (block.inputs @ block.inputs.mT)[:, :, None, :, None]
     cross = (block.delta_dot @ block.delta.mT[:, None])[..., None]  # ṙ_i·r_j: [P, B, K, B, 1]

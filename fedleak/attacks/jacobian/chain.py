@@ -89,7 +89,8 @@ class ChainModel:
         a = p * (by_delta - (p * by_delta).sum(2, keepdim=True))
         for layer in reversed(self.layers):
             a = layer.backward_again(self.own, a)
-        return a[:, 0].unflatten(0, (-1, self.batch))
+        pulled: Tensor = a[:, 0].unflatten(0, (-1, self.batch))
+        return pulled
 
     def jacobian(self, basis: Tensor) -> Jacobian:
         """Derivatives by coordinates in `basis` ``[K, C, H, W]``, the same for every sample; then call `at` anew."""

@@ -62,7 +62,8 @@ class GeneralModel:
                 logits = functional_call(self.model, {**values, **buffers}, (now,))
                 return -(wanted * torch.log_softmax(logits, 1)).sum(1).mean()
 
-            return grad(loss)(weights)
+            gradient: Tensors = grad(loss)(weights)
+            return gradient
 
         sent = unroll(gradient_at, start, training)
         return {n: v.flatten() for n, v in training.mean_gradient(start, sent).items()}
@@ -102,7 +103,8 @@ class GeneralModel:
                 def column(direction: Tensor, place: int = place, images: Tensor = images, i: int = sample) -> Rows:
                     whole = torch.nn.functional.one_hot(torch.tensor(i), len(images)).to(images)
                     t = whole.view(-1, 1, 1, 1) * direction
-                    return jvp(lambda x: self.update(place, x), (images,), (t,))[1]
+                    moved: Rows = jvp(lambda x: self.update(place, x), (images,), (t,))[1]
+                    return moved
 
                 found.append(vmap(column, chunk_size=chunk, randomness="same")(basis))
             yield Jacobian({n: Dense(v[:, None]) for n, v in _stack(found).items()})
