@@ -42,7 +42,7 @@ class Settings:
     max_steps: int = 60
     shrink: float = 0.3
     forcing: float = 0.03
-    patience: tuple[int, int] = (16, 60)
+    patience: tuple[int, int] = (60, 100)
 
 
 @dataclass
