@@ -56,8 +56,8 @@ from inversion import SETTINGS, Setting, say
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.closed_form import Peeling
+from fedleak.attacks.inversion.distances import Distance
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
-from fedleak.attacks.inversion.gradients import Distance
 from fedleak.attacks.inversion.objectives import L2
 from fedleak.attacks.inversion.optimizers import LBFGS
 from fedleak.capture import Observation

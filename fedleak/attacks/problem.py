@@ -129,7 +129,10 @@ def _imitating(target: Target, defense: Defense) -> Target:
     def imitate(gradient: Tensors) -> Tensors:
         return {n: v / factor for n, v in function({n: factor * v for n, v in gradient.items()}).items()}
 
-    return replace(target, imitate=imitate, noise={n: std / training.scale for n, std in found.noise.items()})
+    same = function is dict  # as of noise: fast paths need not know
+    return replace(
+        target, imitate=None if same else imitate, noise={n: std / training.scale for n, std in found.noise.items()}
+    )
 
 
 def _size(training: LocalTraining, labels: Tensor | None, who: str) -> int:

@@ -28,7 +28,8 @@ from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.chain import Chain, Layer, Linear, Pointwise
 from fedleak.attacks.inversion.estimate import Estimate, apply_transposed, estimate_input
 from fedleak.attacks.inversion.features import batch_features
-from fedleak.attacks.inversion.gradient_matching import GradientMatching, free_memory
+from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.memory import free_memory
 from fedleak.attacks.inversion.search import search
 from fedleak.attacks.results import Progress, Reconstruction, StopReason
 from fedleak.capture import Observation

@@ -7,6 +7,7 @@ only to compare it, and so that small distances keep their precision (nothing is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -33,6 +34,26 @@ class Objective(ABC):
         Returns:
             ``[P]``, zero where the updates agree.
         """
+
+
+class Elementwise(Objective):
+    """A distance that inner products do not tell, such as one of absolute values; only the general path has it.
+
+    Subclass it in a file of your own and name it by ``_target_``.
+    """
+
+    @abstractmethod
+    def elementwise(self, gap: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+        """The distance ``[P]``, differentiable in `gap`, zero where that is.
+
+        Args:
+            gap: name -> ``[P, ...]``, G − T.
+            target: name -> ``[P, ...]``, T.
+        """
+
+    def __call__(self, dd: Tensor, dt: Tensor, tt: Tensor) -> Tensor:
+        """Refused: products are not enough."""
+        raise TypeError(f"{type(self).__name__} compares element by element")
 
 
 class L2(Objective):

@@ -5,6 +5,8 @@ import torch
 
 from fedleak.attacks import Knowledge
 from fedleak.attacks.base import Run
+from fedleak.attacks.inversion.starts import first_point
+from fedleak.attacks.problem import pose
 from fedleak.config import compose_config, plain
 from fedleak.instantiate import instantiate
 from fedleak.models import LeNet
@@ -37,11 +39,10 @@ def test_the_first_steps_are_those_of_the_published_code(observe, seed):
     budget = 15
     config = plain(compose_config(["attack=dlg", "attack/inversion=as_published", "attack.restarts=1"]))
     inversion = instantiate({**config["attack"]["inversion"], "max_evaluations": budget, "trace_every": 1}, "inversion")
-    starts = []
-    first_point = inversion.first_point
-    inversion.first_point = lambda *given: starts.append(first_point(*given)) or starts[-1]
-    [found] = inversion.invert([observation], [None], Knowledge(model, (1, 28, 28), 10), Run())
-    image, logits = (part.float() for part in starts[0])
+    knowledge = Knowledge(model, (1, 28, 28), 10)
+    [found] = inversion.invert([observation], [None], knowledge, Run())
+    [problem] = pose([observation], [None], knowledge)
+    image, logits = (v.float() for v in first_point(inversion.settings.start, problem, 0, (1, 28, 28), 10, seed=0))
     expected = published(model, list(observation.gradient().values()), image, logits, budget)
     assert len(expected) == budget
     assert [value for _, value in found.trace] == pytest.approx(expected, rel=2e-2)

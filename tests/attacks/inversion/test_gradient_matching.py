@@ -21,8 +21,9 @@ from fedleak.attacks.inversion import (
     SmoothTotalVariation,
     TotalVariation,
 )
-from fedleak.attacks.inversion.fast import ChainDistance
-from fedleak.attacks.inversion.gradient_matching import MOST_SNAPSHOTS
+from fedleak.attacks.inversion.distances import ChainDistance
+from fedleak.attacks.inversion.starts import first_point
+from fedleak.attacks.inversion.trace import MOST_SNAPSHOTS
 from fedleak.attacks.problem import pose
 from fedleak.attacks.results import Progress, Reconstruction
 from fedleak.errors import UsageError
@@ -45,10 +46,10 @@ def same(left: list[Reconstruction], right: list[Reconstruction], atol: float = 
 PER_SAMPLE = LocalTraining("gradient", 3, 1, per_sample=True)
 
 
-def case_of(config: GradientMatching, v, observation):
-    """What the solver makes of an observation."""
+def first_images(config: GradientMatching, v, observation, restart: int) -> Tensor:
+    """What a restart of an observation begins with."""
     (problem,) = pose([observation], v.guesses[:1], v.knowledge)
-    return config._case(problem, observation, v.knowledge.image_shape, None)
+    return first_point(config.settings.start, problem, restart, v.knowledge.image_shape, v.knowledge.classes, 0)[0]
 
 
 SHORT: dict[str, Any] = {"dtype": "float64", "max_evaluations": 30, "restarts": 1}
@@ -191,11 +192,10 @@ def test_restarts_begin_elsewhere(victims) -> None:
     v = victims(1)
     for start in ("normal", "uniform", "grey"):
         config = GradientMatching(start=start, restarts=3, max_evaluations=1)
-        solver_case = case_of(config, v, v.observations[0])
-        points = [config.first_point(solver_case, attempt, v.knowledge, 0)[0] for attempt in range(3)]
+        points = [first_images(config, v, v.observations[0], restart) for restart in range(3)]
         assert not torch.equal(points[0], points[1])
         assert not torch.equal(points[1], points[2])
-        assert torch.equal(points[2], config.first_point(solver_case, 2, v.knowledge, 0)[0])
+        assert torch.equal(points[2], first_images(config, v, v.observations[0], 2))
     assert torch.equal(points[0], torch.full_like(points[0], 0.5))
 
 
@@ -340,8 +340,7 @@ def test_snapshots_lead_from_the_start_to_the_returned_images_and_change_nothing
         assert len(counts) <= MOST_SNAPSHOTS
         assert counts == sorted(set(counts))
         assert counts[-1] == r.evaluations if r.restarts == 1 else counts[-1] < r.evaluations
-        case = case_of(config, v, o)
-        start = config.first_point(case, r.details["start"], v.knowledge, 0)[0]
+        start = first_images(config, v, o, r.details["start"])
         assert counts[0] == 1
         torch.testing.assert_close(r.snapshots[0][1], start.clamp(0, 1).half(), rtol=0, atol=1e-3)
         assert torch.equal(r.snapshots[-1][1], r.images.half())
@@ -433,8 +432,8 @@ def test_signed_adam_with_cosine_and_prior_stays_in_the_box(victims) -> None:
         tolerance=1e-9,
     )
     results = config.invert(v.observations, v.guesses, v.knowledge, Run())
-    start = config.first_point(case_of(config, v, v.observations[0]), 0, v.knowledge, 0)
-    assert errors(results, v.images).max() < 0.1 * (start[0] - v.images[0]).square().mean()
+    start = first_images(config, v, v.observations[0], 0)
+    assert errors(results, v.images).max() < 0.1 * (start - v.images[0]).square().mean()
     assert all(0 < r.objective < 0.05 for r in results)
     # The prior is part of what is reported.
     matched = GradientMatching(objective=Cosine(), initial=lambda *_: [r.images for r in results], max_evaluations=1)
@@ -472,13 +471,13 @@ def test_annealed_priors_give_way_to_the_update(victims) -> None:
     }
     prior = [SmoothTotalVariation(weight=1e-2)]
     one = GradientMatching(priors=prior, **common).invert(v.observations, v.guesses, v.knowledge, Run())
-    annealed = GradientMatching(priors=prior, anneal=(1.0, 0.1, 0.0), **common)
-    three = annealed.invert(v.observations, v.guesses, v.knowledge, Run())
+    common |= {"priors": prior, "anneal": (1.0, 0.1, 0.0)}
+    three = GradientMatching(**common).invert(v.observations, v.guesses, v.knowledge, Run())
     assert all(a.objective < 0.1 * b.objective for a, b in zip(three, one, strict=True))
     assert errors(three, v.images).mean() < 0.5 * errors(one, v.images).mean()
     assert [[step for step, _ in r.trace] for r in three] == [list(range(20, 181, 20))] * 3
-    annealed.chunk_size = 2
-    same(annealed.invert(v.observations, v.guesses, v.knowledge, Run()), three, atol=1e-4)
+    chunks = GradientMatching(chunk_size=2, **common)
+    same(chunks.invert(v.observations, v.guesses, v.knowledge, Run()), three, atol=1e-4)
     with pytest.raises(UsageError, match="anneal"):
         GradientMatching(priors=prior, anneal=())
 

@@ -19,28 +19,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedleak.attacks.chain import Layer, Products, read_layers
+from fedleak.attacks.chain import Products, read_layers
 from fedleak.attacks.chain.fully_connected import FullyConnected, has_rank
-from fedleak.attacks.inversion.gradients import Distance, Rows, Victim
-from fedleak.attacks.inversion.objectives import Objective
+from fedleak.attacks.inversion.distances.base import Comparison, Distance, Rows
+from fedleak.attacks.inversion.objectives import Elementwise
+from fedleak.attacks.problem import Problem
 
 
 class ChainDistance(Distance):
-    """Feed-forward chains: see the module's docstring. Make one with `chain_distance`."""
+    """Feed-forward chains: see the module's docstring."""
 
-    layers: list[Layer]
-    names: list[str]
-    shared_rows: Rows
+    @classmethod
+    def fit(cls, comparison: Comparison, problems: Sequence[Problem]) -> ChainDistance | None:
+        """None if the model is no chain of layers known here, or if more is compared than the gradient of one batch."""
+        alike = all(len(problem.targets) == 1 and problem.targets[0].imitate is None for problem in problems)
+        if not alike or isinstance(comparison.objective, Elementwise):
+            return None
+        training = problems[0].targets[0].training
+        if comparison.unrolled and not (training.single and training.scale is not None):
+            return None
+        distance = cls(comparison, problems)
+        return distance if distance._read(problems) else None
 
-    def load(self, victims: Sequence[Victim]) -> Rows:
+    def _read(self, problems: Sequence[Problem]) -> bool:
+        """Read the model's layers, if it has such."""
+        layers = read_layers(self.model, self.comparison.image_shape)
+        if layers is None:
+            return False
+        targets, batch = [problem.targets[0] for problem in problems], problems[0].samples
+        self.layers = layers
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.shared_rows: Rows = {}
+        for layer in layers:
+            if isinstance(layer, FullyConnected) and all(has_rank(t.update[layer.weight], batch) for t in targets):
+                layer.rank = batch
+            if self.shared:
+                self.shared_rows |= layer.weights(targets[:1], self._stack)
+        return True
+
+    def load(self, problems: Sequence[Problem]) -> Rows:
         """Targets, and weights unless they are shared."""
         rows: Rows = {}
+        targets = [problem.targets[0] for problem in problems]
         for layer in self.layers:
-            rows |= layer.load(victims, self._stack)
-            if self.shared_parameters is None:
-                rows |= layer.weights(victims, self._stack)
+            rows |= layer.load(targets, self._stack)
+            if not self.shared:
+                rows |= layer.weights(targets, self._stack)
         return rows
 
     @torch.no_grad()
@@ -71,40 +97,3 @@ class ChainDistance(Distance):
         for layer in reversed(self.layers):
             a = layer.backward_again(rows, a)
         return value, a, inner - by_delta if with_labels else None
-
-
-def chain_distance(
-    model: nn.Module,
-    objective: Objective,
-    victims: Sequence[Victim],
-    image_shape: tuple[int, int, int],
-    batch: int,
-    *,
-    shared: bool,
-    training_mode: bool = True,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> ChainDistance | None:
-    """A fast distance for these victims, or None if the model is not a chain of layers known here.
-
-    Args:
-        model, objective, training_mode, device, dtype: as for `Distance`.
-        victims: all that will be matched; `shared` says that their parameters are the same.
-        image_shape: (C, H, W).
-        batch: images per victim.
-    """
-    common = victims[0] if shared else None
-    distance = ChainDistance(model, objective, shared=common, training_mode=training_mode, device=device, dtype=dtype)
-    layers = read_layers(distance.model, image_shape)
-    if layers is None:
-        return None
-    for layer in layers:
-        if isinstance(layer, FullyConnected) and all(has_rank(v.update[layer.weight], batch) for v in victims):
-            layer.rank = batch
-    distance.layers = layers
-    distance.names = [name for name, _ in distance.model.named_parameters()]
-    distance.shared_rows = {}
-    if common is not None:
-        for layer in layers:
-            distance.shared_rows |= layer.weights([common], distance._stack)
-    return distance

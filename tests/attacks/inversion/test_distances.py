@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fedleak.attacks.chain.convolution import Convolution
 from fedleak.attacks.chain.fully_connected import FullyConnected, factors
 from fedleak.attacks.inversion import L2, Cosine, Objective, RelativeL2
-from fedleak.attacks.inversion.fast import ChainDistance, chain_distance
-from fedleak.attacks.inversion.gradients import Distance, Victim, VmapDistance
+from fedleak.attacks.inversion.distances import ChainDistance, Comparison, Distance, GeneralDistance
+from fedleak.attacks.problem import Problem, Target
+from fedleak.training import LocalTraining
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Softplus]
 OBJECTIVES = [L2(), L2(relative=True), Cosine(), RelativeL2()]
@@ -55,9 +56,17 @@ def chains(draw: st.DrawFn) -> tuple[nn.Sequential, tuple[int, int, int], int]:
     return build(layers, shape, classes), shape, classes
 
 
-def victims_of(model: nn.Module, count: int, batch: int, shape: tuple[int, int, int], classes: int, own: bool):
+def problem_of(
+    parameters: dict[str, Tensor], update: dict[str, Tensor], batch: int, *, buffers=None, training_mode: bool = True
+) -> Problem:
+    """One batch behind one gradient."""
+    training = LocalTraining(batch_size=batch, local_steps=1, training_mode=training_mode)
+    return Problem(0, (1, 0, 0), (Target(parameters, buffers or {}, update, training),), batch)
+
+
+def problems_of(model: nn.Module, count: int, batch: int, shape: tuple[int, int, int], classes: int, own: bool):
     """Gradients of random batches, for one set of weights or one each."""
-    victims = []
+    problems = []
     for _ in range(count):
         if own:
             for parameter in model.parameters():
@@ -66,18 +75,18 @@ def victims_of(model: nn.Module, count: int, batch: int, shape: tuple[int, int, 
         gradients = torch.autograd.grad(nn.functional.cross_entropy(model(images), labels), list(model.parameters()))
         names = [name for name, _ in model.named_parameters()]
         parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
-        victims.append(Victim(parameters, {}, dict(zip(names, gradients, strict=True))))
-    return victims
+        problems.append(problem_of(parameters, dict(zip(names, gradients, strict=True)), batch))
+    return problems
 
 
-def reference(model: nn.Module, victim: Victim, images: Tensor, labels: Tensor, objective: Objective):
+def reference(model: nn.Module, problem: Problem, images: Tensor, labels: Tensor, objective: Objective):
     """One problem by plain automatic differentiation, the textbook way."""
     images, labels = images.clone().requires_grad_(), labels.clone().requires_grad_()
-    parameters = {name: value.clone().requires_grad_() for name, value in victim.parameters.items()}
+    parameters = {name: value.clone().requires_grad_() for name, value in problem.targets[0].parameters.items()}
     logits = torch.func.functional_call(model, parameters, (images,))
     loss = -(labels * logits.log_softmax(1)).sum(1).mean()
     gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-    pairs = list(zip(gradients, victim.update.values(), strict=True))
+    pairs = list(zip(gradients, problem.targets[0].update.values(), strict=True))
     dd = torch.stack([(g - t).square().sum() for g, t in pairs])
     dt = torch.stack([((g - t) * t).sum() for g, t in pairs])
     tt = torch.stack([t.square().sum() for _, t in pairs])
@@ -91,15 +100,16 @@ def test_both_paths_give_what_plain_differentiation_gives(chain, count: int, bat
     model, shape, classes = chain
     objective = data.draw(st.sampled_from(OBJECTIVES))
     torch.manual_seed(count + 10 * batch)
-    victims = victims_of(model, count, batch, shape, classes, own)
+    problems = problems_of(model, count, batch, shape, classes, own)
     images = torch.rand(count, batch, *shape, dtype=torch.float64)
     labels = torch.randn(count, batch, classes, dtype=torch.float64).softmax(2)
-    fast = chain_distance(model, objective, victims, shape, batch, shared=not own, dtype=torch.float64)
+    comparison = Comparison(model, objective, shape, dtype=torch.float64)
+    fast, general = ChainDistance.fit(comparison, problems), GeneralDistance.fit(comparison, problems)
     assert fast is not None
-    general = VmapDistance(model, objective, shared=None if own else victims[0], dtype=torch.float64)
-    wanted = [reference(model, *problem, objective) for problem in zip(victims, images, labels, strict=True)]
+    assert general is not None
+    wanted = [reference(model, *each, objective) for each in zip(problems, images, labels, strict=True)]
     for distance in (fast, general):
-        found = distance.evaluate(distance.load(victims), images, labels, with_labels=True)
+        found = distance.evaluate(distance.load(problems), images, labels, with_labels=True)
         for ours, theirs in zip(found, zip(*wanted, strict=True), strict=True):
             assert ours is not None
             theirs = torch.stack(theirs)
@@ -122,28 +132,28 @@ def test_factored_layer_keeps_its_precision_where_updates_agree(batch: int) -> N
     parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
     loss = nn.functional.cross_entropy(model(images[0].double()), labels[0])
     gradient = dict(zip(parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True))
-    victim = Victim(parameters, {}, gradient)
+    problem = problem_of(parameters, gradient, batch)
     moved = images + 1e-3 * torch.randn(images.shape)
-    exact = reference(model, victim, moved[0].double(), one_hot[0], L2())
-    fast = chain_distance(model, L2(), [victim], shape, batch, shared=True)
+    exact = reference(model, problem, moved[0].double(), one_hot[0], L2())
+    fast = ChainDistance.fit(Comparison(model, L2(), shape), [problem])
     assert fast is not None
     assert [layer.rank for layer in fast.layers if isinstance(layer, FullyConnected)] == [batch]
-    value, by_images, _ = fast.evaluate(fast.load([victim]), moved, one_hot.float())
+    value, by_images, _ = fast.evaluate(fast.load([problem]), moved, one_hot.float())
     squares = sum(float(g.square().sum()) for g in gradient.values())
     assert float(exact[0]) < 1e-4 * squares  # the naive form would lose four digits of seven here
     torch.testing.assert_close(value[0].double(), exact[0], rtol=2e-3, atol=0)
     torch.testing.assert_close(by_images[0].double(), exact[1], rtol=2e-2, atol=2e-3 * float(exact[1].abs().max()))
     # And exactly at the truth the objective falls to the square of float32's rounding, not to the rounding itself.
-    at_truth, _, _ = fast.evaluate(fast.load([victim]), images, one_hot.float())
+    at_truth, _, _ = fast.evaluate(fast.load([problem]), images, one_hot.float())
     assert float(at_truth[0]) < 1e-11 * squares
 
 
 def test_noisy_gradients_are_not_factored() -> None:
     model, shape = lenet_like(), (1, 8, 8)
-    victims = victims_of(model, 2, 1, shape, 40, own=False)
-    noisy = {name: value + 1e-3 * torch.randn_like(value) for name, value in victims[1].update.items()}
-    victims[1] = Victim(victims[1].parameters, {}, noisy)
-    fast = chain_distance(model, L2(), victims, shape, 1, shared=True, dtype=torch.float64)
+    problems = problems_of(model, 2, 1, shape, 40, own=False)
+    noisy = {name: value + 1e-3 * torch.randn_like(value) for name, value in problems[1].targets[0].update.items()}
+    problems[1] = problem_of(problems[1].targets[0].parameters, noisy, 1)
+    fast = ChainDistance.fit(Comparison(model, L2(), shape, dtype=torch.float64), problems)
     assert fast is not None
     assert [layer.rank for layer in fast.layers if isinstance(layer, FullyConnected)] == [None]
 
@@ -161,13 +171,13 @@ def test_factors_are_exact_for_low_rank() -> None:
 def test_fast_path_gives_the_same_bits_whatever_stands_beside(own: bool, classes: int) -> None:
     """In float32, where L-BFGS would make of any difference in rounding another path."""
     model, shape = lenet_like(classes), (1, 8, 8)
-    victims = victims_of(model, 7, 2, shape, classes, own=own)
+    problems = problems_of(model, 7, 2, shape, classes, own=own)
     images, labels = torch.rand(7, 2, *shape), torch.randn(7, 2, classes).softmax(2)
-    fast = chain_distance(model, L2(), victims, shape, 2, shared=not own)
+    fast = ChainDistance.fit(Comparison(model, L2(), shape), problems)
     assert fast is not None
-    together = fast.evaluate(fast.load(victims), images, labels)
+    together = fast.evaluate(fast.load(problems), images, labels)
     for part in (slice(0, 1), slice(2, 5), slice(6, 7)):
-        alone = fast.evaluate(fast.load(victims[part]), images[part].clone(), labels[part].clone())
+        alone = fast.evaluate(fast.load(problems[part]), images[part].clone(), labels[part].clone())
         assert torch.equal(alone[0], together[0][part])
         assert torch.equal(alone[1], together[1][part])
 
@@ -217,19 +227,20 @@ def test_only_chains_take_the_fast_path(model: nn.Module, training: bool, fast: 
     torch.manual_seed(0)
     model = model.double().train(training)
     shape, count, batch = (1, 4, 4), 2, 3
-    victims = victims_of(model, count, batch, shape, 4, own=True)
+    problems = problems_of(model, count, batch, shape, 4, own=True)
     buffers = dict(model.named_buffers())
-    victims = [Victim(v.parameters, buffers, v.update) for v in victims]
-    options = {"training_mode": training, "dtype": torch.float64}
-    distance: Distance | None = chain_distance(model, L2(), victims, shape, batch, shared=False, **options)
+    targets = [problem.targets[0] for problem in problems]
+    problems = [problem_of(t.parameters, t.update, batch, buffers=buffers, training_mode=training) for t in targets]
+    comparison = Comparison(model, L2(), shape, dtype=torch.float64)
+    distance: Distance | None = ChainDistance.fit(comparison, problems)
     assert isinstance(distance, ChainDistance) == fast
     if fast:
         images = torch.rand(count, batch, *shape, dtype=torch.float64)
         labels = torch.randn(count, batch, 4, dtype=torch.float64).softmax(2)
-        general = VmapDistance(model, L2(), **options)
+        general = GeneralDistance(comparison, problems)
         for ours, theirs in zip(
-            distance.evaluate(distance.load(victims), images, labels)[:2],
-            general.evaluate(general.load(victims), images, labels)[:2],
+            distance.evaluate(distance.load(problems), images, labels)[:2],
+            general.evaluate(general.load(problems), images, labels)[:2],
             strict=True,
         ):
             torch.testing.assert_close(ours, theirs)
@@ -246,12 +257,15 @@ def test_batch_statistics_in_train_mode_and_running_ones_in_eval_mode() -> None:
         loss = nn.functional.cross_entropy(model.train(training)(images), labels)
         gradient = dict(zip(parameters, torch.autograd.grad(loss, list(model.parameters())), strict=True))
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        victim = Victim(parameters, buffers, gradient)
+        problem = problem_of(parameters, gradient, 5, buffers=buffers, training_mode=training)
+        shifted = {name: value + 1 for name, value in parameters.items()}
+        other = problem_of(shifted, gradient, 5, buffers=buffers, training_mode=training)
         blank = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Sigmoid(), nn.Flatten(), nn.Linear(12, 4))
-        for shared in (victim, None):
-            distance = VmapDistance(blank, L2(), shared=shared, training_mode=training, dtype=torch.float64)
+        for problems in ([problem], [problem, other]):  # shared weights, and weights of each problem's own
+            distance = GeneralDistance(Comparison(blank, L2(), (1, 4, 4), dtype=torch.float64), problems)
+            assert distance.shared == (len(problems) == 1)
             one_hot = nn.functional.one_hot(labels, 4).double()
-            value, _, _ = distance.evaluate(distance.load([victim]), images[None], one_hot[None])
+            value, _, _ = distance.evaluate(distance.load([problem]), images[None], one_hot[None])
             assert float(value) < 1e-20
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 

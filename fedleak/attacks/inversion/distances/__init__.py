@@ -1,0 +1,7 @@
+"""Distances between the updates of sought images and the observed ones, many problems at a time."""
+
+from fedleak.attacks.inversion.distances.base import Comparison, Distance, Rows
+from fedleak.attacks.inversion.distances.chain import ChainDistance
+from fedleak.attacks.inversion.distances.general import GeneralDistance
+
+__all__ = ["ChainDistance", "Comparison", "Distance", "GeneralDistance", "Rows"]
