@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from fedleak.attacks.chain.fully_connected import FullyConnected, factors
 from fedleak.attacks.inversion import L2, Cosine, Objective, RelativeL2
 from fedleak.attacks.inversion.distances import ChainDistance, Comparison, Distance, GeneralDistance
 from fedleak.attacks.problem import Problem, Target
-from fedleak.training import LocalTraining
+from fedleak.local_update import local_update
+from fedleak.training import SGD, Adam, ClientOptimizer, LocalTraining
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [nn.Sigmoid, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Softplus]
 OBJECTIVES = [L2(), L2(relative=True), Cosine(), RelativeL2()]
@@ -281,3 +283,49 @@ def test_convolution_patches_have_their_adjoint() -> None:
     )
     other = torch.randn_like(patches)
     torch.testing.assert_close((patches * other).sum(), (layer._unpatch(other) * a.flatten(0, 1)).sum())
+
+
+@pytest.mark.parametrize("payload", ["gradient", "weights"])
+@pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.01)])
+def test_a_clients_own_steps_are_matched_where_asked_for(payload: str, optimizer: ClientOptimizer) -> None:
+    model, shape = lenet_like(), (1, 8, 8)
+    training = LocalTraining(payload, 2, 2, epochs=2, optimizer=optimizer)  # type: ignore[arg-type]
+    images, labels = torch.rand(4, *shape, dtype=torch.float64), torch.randint(40, (4,))
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    sent = local_update(model, parameters, {}, images, labels, training).update
+    target = Target(parameters, {}, training.mean_gradient(parameters, sent), training)
+    problem = Problem(0, (1, 0, 0), (target,), 4)
+    one_hot = nn.functional.one_hot(labels, 40).double()[None]
+    values = []
+    for unrolled in (True, False):
+        comparison = Comparison(model, L2(relative=True), shape, unrolled, dtype=torch.float64)
+        assert (ChainDistance.fit(comparison, [problem]) is None) == unrolled
+        distance = GeneralDistance(comparison, [problem])
+        values.append(float(distance.evaluate(distance.load([problem]), images[None], one_hot)[0]))
+    assert values[0] < 1e-16
+    assert values[1] > 1e-4
+
+
+def test_each_problems_defense_is_imitated() -> None:
+    model, shape = lenet_like(), (1, 8, 8)
+    problems = problems_of(model, 2, 1, shape, 40, own=False)
+
+    def scaled(problem: Problem, factor: float) -> Problem:
+        (target,) = problem.targets
+        update = {name: factor * value for name, value in target.update.items()}
+        imitate = None if factor == 1 else lambda gradient: {n: factor * v for n, v in gradient.items()}
+        return replace(problem, targets=(replace(target, update=update, imitate=imitate),))
+
+    comparison = Comparison(model, L2(), shape, dtype=torch.float64)
+    images = torch.rand(2, 1, *shape, dtype=torch.float64)
+    labels = torch.randn(2, 1, 40, dtype=torch.float64).softmax(2)
+    plain = GeneralDistance(comparison, problems)
+    wanted = plain.evaluate(plain.load(problems), images, labels)[0]
+    imitated = [scaled(problem, factor) for problem, factor in zip(problems, (3.0, 1.0), strict=True)]
+    assert ChainDistance.fit(comparison, imitated) is None
+    distance = GeneralDistance(comparison, imitated)
+    rows = distance.load(imitated)
+    found = distance.evaluate(rows, images, labels)[0]
+    torch.testing.assert_close(found, wanted * torch.tensor([9.0, 1.0]))
+    swapped = {name: value.flip(0) for name, value in rows.items()}  # rows keep their own defense wherever they go
+    torch.testing.assert_close(distance.evaluate(swapped, images.flip(0), labels.flip(0))[0], found.flip(0))
