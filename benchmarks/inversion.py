@@ -41,8 +41,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
-from fedleak.attacks.inversion.closed_form import Peeling
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.peeling import Peeling
 from fedleak.attacks.results import Progress
 from fedleak.capture import Observation
 from fedleak.models.lenet import LeNet

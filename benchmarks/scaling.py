@@ -55,11 +55,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from inversion import SETTINGS, Setting, say
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
-from fedleak.attacks.inversion.closed_form import Peeling
 from fedleak.attacks.inversion.distances import Distance
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.objectives import L2
 from fedleak.attacks.inversion.optimizers import LBFGS
+from fedleak.attacks.inversion.peeling import Peeling
 from fedleak.capture import Observation
 from fedleak.models.lenet import LeNet
 from fedleak.training import LocalTraining

@@ -3,5 +3,6 @@
 from fedleak.attacks.chain.base import Layer
 from fedleak.attacks.chain.products import Products
 from fedleak.attacks.chain.reader import read_layers
+from fedleak.attacks.chain.undo import Linear, Pointwise
 
-__all__ = ["Layer", "Products", "read_layers"]
+__all__ = ["Layer", "Linear", "Pointwise", "Products", "read_layers"]

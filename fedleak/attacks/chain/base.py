@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fedleak.attacks.chain.products import Products
+from fedleak.attacks.chain.undo import Linear, Pointwise
 
 Rows = dict[str, Tensor]
 """Tensors with the problems as their first dimension (or 1 where all problems share them)."""
@@ -37,6 +38,7 @@ class Layer(ABC):
     """
 
     parameters: tuple[str, ...] = ()
+    in_shape: tuple[int, ...] = ()  # of one sample's input
     first = False  # nothing before it has parameters, so that sweeps back may end here
 
     @abstractmethod
@@ -79,6 +81,14 @@ class Layer(ABC):
     def columns(self) -> dict[str, Dense | Factored]:
         """name -> derivatives of `gradients` along the K directions; after `tangent_back`."""
         return {}
+
+    def undone(self) -> Linear | Pointwise | None:
+        """What the layer is to one who undoes it; None where it only gives the elements another shape.
+
+        Raises:
+            ValueError: it cannot be undone.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be undone")
 
     def load(self, targets: Sequence[Observed], stack: Stack) -> Rows:
         """What `book` needs of these problems, one row each."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fedleak.attacks.chain.base import Dense, Factored, Layer, Observed, Rows, Stack
 from fedleak.attacks.chain.products import Products
+from fedleak.attacks.chain.undo import Linear
 
 
 class Convolution(Layer):
@@ -141,3 +142,19 @@ class Convolution(Layer):
         if self.bias is not None:
             found[self.bias] = Dense(t.sum(3))
         return found
+
+    def undone(self) -> Linear:
+        """The convolution by its taps."""
+        channels, height, width = self.in_shape
+        axes = []
+        for size, kernel, stride, padding, dilation in zip(
+            (height, width), self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
+            out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            at = torch.arange(out)[None] * stride + torch.arange(kernel)[:, None] * dilation - padding
+            axes.append(torch.where((at >= 0) & (at < size), at, -1))
+        rows, columns = axes
+        row, column = rows[:, None, :, None], columns[None, :, None, :]
+        taps = torch.where((row >= 0) & (column >= 0), row * width + column, height * width)
+        out_shape = (self.channels, rows.shape[1], columns.shape[1])
+        return Linear(self.weight, self.bias, (channels, height, width), out_shape, taps.flatten(2).flatten(0, 1))

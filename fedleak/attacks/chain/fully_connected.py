@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fedleak.attacks.chain.base import Dense, Factored, Layer, Observed, Rows, Stack
 from fedleak.attacks.chain.products import Products
+from fedleak.attacks.chain.undo import Linear
 from fedleak.seeding import plain_generator
 
 
@@ -138,6 +139,11 @@ class FullyConnected(Layer):
         if self.bias is not None:
             found[self.bias] = Dense(self.delta_dot)
         return found
+
+    def undone(self) -> Linear:
+        """A 1×1 convolution of a 1×1 image."""
+        taps = torch.zeros(1, 1, dtype=torch.int64)
+        return Linear(self.weight, self.bias, (self.shape[1], 1, 1), (self.shape[0], 1, 1), taps)
 
 
 def factors(target: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from fedleak.attacks.chain.base import Layer
 from fedleak.attacks.chain.convolution import Convolution
-from fedleak.attacks.chain.elementwise import affine, elu, leaky_relu, relu, sigmoid, softplus, tanh
+from fedleak.attacks.chain.elementwise import Affine, elu, leaky_relu, relu, sigmoid, softplus, tanh
 from fedleak.attacks.chain.fully_connected import FullyConnected
-from fedleak.attacks.chain.rearrangement import MaxPool, average_pool, flatten
+from fedleak.attacks.chain.rearrangement import MaxPool, Reshape, average_pool
 from fedleak.seeding import plain_generator
 
 
@@ -46,11 +48,12 @@ _FUNCTIONS: dict[Any, Callable[..., Layer]] = {
     F.softplus: softplus,
 }
 _ARITHMETIC: dict[Any, Callable[[Any], Layer]] = {
-    **dict.fromkeys((operator.add, torch.add), lambda c: affine(1.0, c)),
-    **dict.fromkeys((operator.sub, torch.sub), lambda c: affine(1.0, -c)),
-    **dict.fromkeys((operator.mul, torch.mul), lambda c: affine(c, 0.0)),
-    **dict.fromkeys((operator.truediv, torch.div), lambda c: affine(1 / c, 0.0)),
+    **dict.fromkeys((operator.add, torch.add), lambda c: Affine(1.0, c)),
+    **dict.fromkeys((operator.sub, torch.sub), lambda c: Affine(1.0, -c)),
+    **dict.fromkeys((operator.mul, torch.mul), lambda c: Affine(c, 0.0)),
+    **dict.fromkeys((operator.truediv, torch.div), lambda c: Affine(1 / c, 0.0)),
 }
+_RESHAPES = (torch.flatten, torch.reshape, "flatten", "reshape", "view", "contiguous")
 
 
 def read_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Layer] | None:
@@ -61,7 +64,10 @@ def read_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Lay
         image_shape: (C, H, W) of its input.
     """
     try:
-        graph = fx.symbolic_trace(model)
+        parameter = next(model.parameters())
+        graph = fx.symbolic_trace(copy.deepcopy(model))  # a copy: its BatchNorm may count what passes
+        with torch.no_grad():
+            ShapeProp(graph).propagate(parameter.new_zeros(1, *image_shape))
         layers = _read(graph, model)
     except Exception:  # whatever a stranger's forward does while it is traced: the general path knows it
         return None
@@ -70,13 +76,15 @@ def read_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Lay
     ):
         return None
     # What the layers make of an image must be what the model makes of it.
-    parameter = next(model.parameters())
     image = torch.rand(2, *image_shape, generator=plain_generator(0)).to(parameter)
     own = _Own(dict(model.named_parameters()), {})
     try:
         with torch.no_grad():
             a = image[None]
             for layer in layers:
+                layer.in_shape = tuple(a.shape[2:])
+                if isinstance(layer, FullyConnected) and len(layer.in_shape) != 1:
+                    return None  # on the last of several dimensions
                 a = layer.forward(layer.weights([own], lambda tensors: torch.stack(tensors).detach()), a)
             same = torch.allclose(a[0], model(image), rtol=1e-3, atol=1e-4)
     except RuntimeError:
@@ -96,24 +104,34 @@ def _read(graph: fx.GraphModule, model: nn.Module) -> list[Layer] | None:
     for node in graph.graph.nodes:
         if node.op == "output":
             return layers if node.args[0] is previous else None
-        if node.op in ("placeholder", "get_attr"):
-            previous = node if previous is None else previous
+        if node.op == "placeholder":
+            previous = node
+        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+        if node.op in ("placeholder", "get_attr") or shape is None:  # no tensor: a size, say
             continue
         if not node.args or node.args[0] is not previous:
             return None
         previous = node
         if node.op == "call_module":
             module = model.get_submodule(str(node.target))
-            if isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and not module.training):
-                continue
-            layers.append(_module(str(node.target), module))
-        elif node.target in (torch.flatten, "flatten") and tuple(node.args[1:]) == (1,) and not node.kwargs:
-            layers.append(flatten())
+            if isinstance(module, nn.Flatten | nn.Unflatten):
+                layers.append(Reshape(shape[1:]))
+            elif not _passes(module):
+                layers.append(_module(str(node.target), module))
+        elif node.target in _RESHAPES:
+            layers.append(Reshape(shape[1:]))
         elif node.target in _FUNCTIONS:
             layers.append(_FUNCTIONS[node.target](*node.args[1:], **node.kwargs))
         else:
             layers.append(_ARITHMETIC[node.target](_constant(node.args[1], model)))
     return None
+
+
+def _passes(module: nn.Module) -> bool:
+    """Whether what goes in comes out."""
+    if isinstance(module, nn.Dropout | nn.Dropout2d):
+        return module.p == 0 or not module.training
+    return isinstance(module, nn.Identity)
 
 
 def _module(name: str, module: nn.Module) -> Layer:
@@ -124,18 +142,16 @@ def _module(name: str, module: nn.Module) -> Layer:
         return Convolution(name, module)
     if type(module) is nn.Linear:
         return FullyConnected(name, module)
-    if type(module) is nn.Flatten and module.start_dim == 1 and module.end_dim == -1:
-        return flatten()
     return _MODULES[type(module)](module)
 
 
 def _constant(argument: Any, model: nn.Module) -> Tensor | float:
-    """A number, or a buffer of the model that broadcasts against ``[C, H, W]``."""
+    """A number, or in float64 a buffer of the model that broadcasts against ``[C, H, W]``."""
     if not isinstance(argument, fx.Node):
         return float(argument)
     if argument.op != "get_attr" or str(argument.target) in dict(model.named_parameters()):
         raise ValueError("not a constant")
-    value: Tensor = operator.attrgetter(str(argument.target))(model).detach()
+    value: Tensor = operator.attrgetter(str(argument.target))(model).detach().double()
     if value.dim() > 4 or (value.dim() == 4 and len(value) != 1):
         raise ValueError("not the same for every image")
     return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +99,14 @@ class MaxPool(Layer):
         return None if self.first else self._back(t)
 
 
-def flatten() -> Rearrangement:
-    return Rearrangement(lambda a: a.flatten(1), lambda a, out: out.reshape(a.shape))
+class Reshape(Rearrangement):
+    """The same elements in the same order, as ``[*shape]`` for each sample."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__(lambda a: a.reshape(len(a), *shape), lambda a, out: out.reshape(a.shape))
+
+    def undone(self) -> None:
+        """Nothing to undo."""
 
 
 def average_pool(module: nn.AvgPool2d) -> Rearrangement:

@@ -1,10 +1,10 @@
 """Images from updates: gradient matching, its objectives, priors and optimisers."""
 
-from fedleak.attacks.inversion.closed_form import Peeling
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.map import MAP
 from fedleak.attacks.inversion.objectives import L2, Cosine, Elementwise, Objective, RelativeL2
 from fedleak.attacks.inversion.optimizers import LBFGS, Adam, Optimizer
+from fedleak.attacks.inversion.peeling import Peeling
 from fedleak.attacks.inversion.priors import ImageNorm, Prior, SmoothTotalVariation, TotalVariation
 from fedleak.attacks.inversion.schedule import InTurn, Schedule, Standing
 from fedleak.attacks.inversion.starts import Grey, Normal, Start, Uniform

@@ -221,9 +221,33 @@ class Normalised(nn.Module):
         return self.fc(self.drop(torch.flatten(x, 1)))
 
 
+class Reshaped(nn.Module):
+    """Sizes asked of the tensor, rows and columns split and joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.split, self.conv, self.fc = nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 3, 3), nn.Linear(12, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.tanh(self.conv(self.split(images.reshape(images.size(0), 16))))
+        return self.fc(x.contiguous().view(x.shape[0], -1))
+
+
+def on_rows() -> nn.Module:
+    """A linear layer on the last of several dimensions."""
+    return nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(16, 4))
+
+
 @pytest.mark.parametrize(
     ("model", "training", "fast"),
-    [(Branch(), True, False), (Twice(), True, False), (Normalised(), True, False), (Normalised(), False, True)],
+    [
+        (Branch(), True, False),
+        (Twice(), True, False),
+        (Normalised(), True, False),
+        (Normalised(), False, True),
+        (Reshaped(), True, True),
+        (on_rows(), True, False),
+    ],
 )
 def test_only_chains_take_the_fast_path(model: nn.Module, training: bool, fast: bool) -> None:
     torch.manual_seed(0)

@@ -146,7 +146,14 @@ def _starts(gradients: Tensor, rows: Tensor, starts: int, seed: int) -> Tensor:
 
 
 def batch_features(
-    weight: Tensor, bias: Tensor, weight_gradient: Tensor, bias_gradient: Tensor, labels: Tensor, *, seed: int = 0
+    weight: Tensor,
+    bias: Tensor,
+    weight_gradient: Tensor,
+    bias_gradient: Tensor,
+    labels: Tensor,
+    *,
+    known: Tensor | None = None,
+    seed: int = 0,
 ) -> BatchFeatures:
     """The features of every sample of batches with known labels.
 
@@ -156,20 +163,26 @@ def batch_features(
     Args:
         weight, bias, weight_gradient, bias_gradient: as for `row_space_features`.
         labels: ``[N, B]`` int64.
+        known: ``[N, B, d]``, the features where they were found before, in the order of the labels: then they are
+            only refined.
         seed: decides the starts.
     """
     weight, bias, weight_gradient, bias_gradient = (v.double() for v in (weight, bias, weight_gradient, bias_gradient))
     problem = (weight, bias, weight_gradient, bias_gradient)
-    features = _best(row_space_features(*problem, labels, labels.shape[1], seed=seed))
-    for index in range(len(labels)):
-        if len(labels[index].unique()) < labels.shape[1]:
-            features[index] = _one_by_one([v[index : index + 1] for v in problem], labels[index], features[index], seed)
+    size = labels.shape[1]
+    if known is not None:
+        features = _best(row_space_features(*problem, labels, size, initial=known[:, :, None], steps=20))
+    else:
+        features = _best(row_space_features(*problem, labels, size, seed=seed))
+        for index in (n for n, own in enumerate(labels) if len(own.unique()) < size):
+            one = [v[index : index + 1] for v in problem]
+            features[index] = _one_by_one(one, labels[index], features[index], seed)
     logits = features @ weight.mT + bias[:, None]
     p = logits.softmax(-1)
     r = p - F.one_hot(labels, weight.shape[1])
     extended = F.pad(features, (0, 1), value=1.0)
     wanted = torch.cat([weight_gradient, bias_gradient[..., None]], -1)
-    gap = r.mT @ extended / labels.shape[1] - wanted
+    gap = r.mT @ extended / size - wanted
     std = _feature_std(wanted, torch.cat([weight, bias[..., None]], -1), p, r, extended)
     return BatchFeatures(features, std, gap.square().sum((1, 2)) / wanted.square().sum((1, 2)))
 

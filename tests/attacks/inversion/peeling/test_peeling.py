@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
-from fedleak.attacks.inversion.chain import Chain
-from fedleak.attacks.inversion.closed_form import Peeling, closed_form, last_delta
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.peeling import Peeling, closed_form, features
+from fedleak.attacks.inversion.peeling.chain import Chain
+from fedleak.attacks.inversion.peeling.recursion import last_delta
 from fedleak.attacks.results import Reconstruction
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
@@ -318,6 +319,23 @@ def test_a_batch_that_is_determined_comes_back(shape, classes, labels, build, li
         assert mse(result.images, truth[order]) < limit
 
 
+def test_features_that_are_known_are_refined_and_not_sought(monkeypatch):
+    shape, classes, labels = (1, 16, 16), 20, [3, 8, 8]
+    observation, images = batch(shape, classes, labels, 0)
+    knowledge = Knowledge(LeNet(shape, classes), shape, classes)
+    (sought,) = Peeling().invert([observation], [guess(*labels)], knowledge, Run())
+    with torch.no_grad():
+        known = fresh(LeNet(shape, classes), 0).body(images)
+    monkeypatch.setattr(features, "_starts", None)
+    noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0))
+    given = replace(guess(*labels), features=known + 1e-4 * noise)
+    (result,) = Peeling().invert([observation], [given], knowledge, Run())
+    assert result.stop_reason == sought.stop_reason == "converged"
+    order = (result.images[:, None] - images[None]).square().flatten(2).mean(2).argmin(1)
+    assert order.tolist() == [0, 1, 2]  # as the features stood
+    assert mse(result.images, images) < 1e-3
+
+
 def test_a_batch_with_a_wrong_label_is_not_called_converged():
     observation, _ = batch((1, 16, 16), 20, [3, 8], 0)
     (result,) = Peeling().invert(
@@ -342,8 +360,9 @@ def test_batches_and_single_samples_go_together():
 @pytest.mark.parametrize("classes", [3, 10])
 def test_the_scale_without_a_bias(classes):
     model = fresh(nn.Sequential(nn.Flatten(), nn.Linear(30, classes, bias=False)), classes)
-    images, labels = torch.rand(8, 1, 5, 6), torch.arange(8) % classes
-    chain = Chain.trace(model, (1, 5, 6))
+    images = torch.rand(8, 1, 5, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8) % classes
+    chain = Chain.read(model, (1, 5, 6))
     each = [observe(model, x[None], y[None]) for x, y in zip(images, labels, strict=True)]
     parameters, gradients = (
         {"1.weight": torch.stack([getattr(o, field)["1.weight"] for o in each]).double()}

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedleak.attacks.inversion.features import batch_features, row_space_features
+from fedleak.attacks.inversion.peeling.features import batch_features, row_space_features
 
 
 def batches(count, labels, classes=40, width=60, seed=0):

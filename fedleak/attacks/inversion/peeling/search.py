@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedleak.attacks.inversion.chain import Chain, Linear, Pointwise
-from fedleak.attacks.inversion.estimate import Estimate, gradient_system
+from fedleak.attacks.chain import Linear, Pointwise
 from fedleak.attacks.inversion.optimizers import LBFGS
+from fedleak.attacks.inversion.peeling.chain import Chain
+from fedleak.attacks.inversion.peeling.estimate import Estimate, gradient_system
 
 _OPPONENT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], dtype=torch.float64)
 _OPPONENT = _OPPONENT / _OPPONENT.norm(dim=1, keepdim=True) * torch.tensor([[1.0], [2.5], [2.5]], dtype=torch.float64)

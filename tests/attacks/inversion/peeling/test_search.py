@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedleak.attacks.inversion.chain import Chain
-from fedleak.attacks.inversion.estimate import Estimate
-from fedleak.attacks.inversion.search import _Problem, roughness, search
+from fedleak.attacks.inversion.peeling.chain import Chain
+from fedleak.attacks.inversion.peeling.estimate import Estimate
+from fedleak.attacks.inversion.peeling.search import _Problem, roughness, search
 
 
 def known(batch, shape=(3, 12, 12), count=2):
@@ -18,7 +18,7 @@ def known(batch, shape=(3, 12, 12), count=2):
         nn.LazyLinear(20),
     )
     model(torch.zeros(1, *shape))
-    chain = Chain.trace(model, shape)
+    chain = Chain.read(model, shape)
     generator = torch.Generator().manual_seed(batch)
     parameters = {
         n: (torch.rand(count, *p.shape, generator=generator, dtype=torch.float64) - 0.5) * 2

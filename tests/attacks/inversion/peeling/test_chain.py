@@ -3,7 +3,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedleak.attacks.inversion.chain import Chain, Linear
+from fedleak.attacks.base import Knowledge
+from fedleak.attacks.chain import Linear
+from fedleak.attacks.inversion.peeling import closed_form
+from fedleak.attacks.inversion.peeling.chain import Chain
 from fedleak.models.lenet import LeNet
 
 
@@ -50,7 +53,7 @@ MODELS = {
 def test_gradients_are_those_of_autograd(name):
     model, shape, classes = MODELS[name]
     model = model.double()
-    chain = Chain.trace(model, shape)
+    chain = Chain.read(model, shape)
     assert chain is not None
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(2, 3, *shape, dtype=torch.float64, generator=generator)
@@ -75,7 +78,7 @@ def test_gradients_are_those_of_autograd(name):
 @pytest.mark.parametrize("name", ["tanh", "elu", "softplus", "lenet", "normalised, strided, dilated"])
 def test_the_inverse_undoes_and_the_slope_is_the_derivative(name):
     model, shape, _ = MODELS[name]
-    chain = Chain.trace(model, shape)
+    chain = Chain.read(model, shape)
     for layer in chain.layers:
         if isinstance(layer, Linear):
             continue
@@ -109,13 +112,10 @@ def tied() -> nn.Module:
     ids=["residual", "tied", "pool", "batchnorm", "same", "dropout", "activation last", "linear on an image"],
 )
 def test_what_is_no_chain_is_not_read_as_one(model):
-    assert Chain.trace(model, (1, 4, 4)) is None
+    assert Chain.read(model, (1, 4, 4)) is None
 
 
 def test_tracing_leaves_batchnorm_statistics_alone():
-    from fedleak.attacks.base import Knowledge
-    from fedleak.attacks.inversion.closed_form import closed_form
-
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert closed_form([], [], Knowledge(model, (1, 4, 4), 2)) == []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedleak.attacks.inversion.chain import Linear
+from fedleak.attacks.chain import Linear
 from fedleak.seeding import plain_generator
 
 _CERTAIN = 1e40

@@ -2,15 +2,21 @@ import pytest
 import torch
 from torch import nn
 
-from fedleak.attacks.inversion.chain import Chain
-from fedleak.attacks.inversion.estimate import Estimate, apply, apply_transposed, estimate_input, gradient_system
+from fedleak.attacks.inversion.peeling.chain import Chain
+from fedleak.attacks.inversion.peeling.estimate import (
+    Estimate,
+    apply,
+    apply_transposed,
+    estimate_input,
+    gradient_system,
+)
 
 
 def conv(channels, outputs, stride):
     """A convolution on 5×6 images, as a layer, and its random weights ``[2, O, C, K]``."""
     model = nn.Sequential(nn.Conv2d(channels, outputs, 3, stride=stride, padding=1), nn.Flatten(), nn.LazyLinear(2))
     model(torch.zeros(1, channels, 5, 6))
-    layer = Chain.trace(model, (channels, 5, 6)).layers[0]
+    layer = Chain.read(model, (channels, 5, 6)).layers[0]
     generator = torch.Generator().manual_seed(channels + 10 * outputs)
     return layer, torch.randn(2, outputs, channels, 9, generator=generator, dtype=torch.float64), generator
 

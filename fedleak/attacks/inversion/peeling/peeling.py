@@ -1,0 +1,211 @@
+"""The closed form as an inversion: checked against what was observed, with another inversion for the rest."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
+from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.peeling.solve import Peeled, Peeler
+from fedleak.attacks.problem import Problem, pose
+from fedleak.attacks.results import Progress, Reconstruction, StopReason
+from fedleak.capture import Observation
+from fedleak.errors import UsageError
+
+
+def closed_form(
+    observations: Sequence[Observation],
+    guesses: Sequence[LabelGuess | None],
+    knowledge: Knowledge,
+    device: torch.device | str = "cpu",
+) -> list[Tensor | None]:
+    """Images from updates without iteration, where the model and the batch allow it.
+
+    Supported are updates of one local step through a chain of plain convolutions, fully connected layers and
+    elementwise monotone functions: of one sample (or with one gradient a sample), or of a batch with known labels and
+    at least twice as many classes as samples. Where a batch leaves an image open, the smoothest of the images that fit
+    is searched for. Nothing is promised about an image: compare its gradient with the observed one, as `Peeling` does.
+
+    Args:
+        observations: N observations.
+        guesses: N label guesses; a single sample needs none, since its gradient tells its label.
+        knowledge: the model and the image shape.
+        device: where to compute.
+
+    Returns:
+        N tensors ``[B, C, H, W]``, float32 in [0, 1], on the CPU; None where the model or the batch is not supported.
+
+    Raises:
+        UsageError: see `fedleak.attacks.problem.pose`.
+    """
+    images: list[Tensor | None] = [None] * len(observations)
+    for index, peeled in _peel(_pose(observations, guesses, knowledge), Peeler(knowledge, device)):
+        images[index] = peeled.images
+    return images
+
+
+def _pose(
+    observations: Sequence[Observation], guesses: Sequence[LabelGuess | None], knowledge: Knowledge
+) -> list[Problem]:
+    """The problems; where every sample has a gradient of its own, that tells its label better than any guess."""
+    own = [None if o.training.per_sample else guess for o, guess in zip(observations, guesses, strict=True)]
+    return pose(observations, own, knowledge)
+
+
+def _peel(problems: Sequence[Problem], peeler: Peeler) -> Iterator[tuple[int, Peeled]]:
+    """(index, images) of every supported observation, as soon as all of its samples are there."""
+    missing: dict[int, int] = {}
+    for problem in problems:
+        missing[problem.index] = missing.get(problem.index, 0) + 1
+    parts: dict[int, list[Peeled]] = {}
+    for problem, peeled in peeler.all(problems):
+        found = parts.setdefault(problem.index, [])
+        found.append(peeled)
+        if len(found) == missing[problem.index]:
+            yield problem.index, Peeled.join(found)
+
+
+class Peeling(Inversion):
+    """The closed form, checked against the observed gradient; what fails the check goes to another inversion.
+
+    Of a failed image and the other inversion's the one whose gradient is closer to the observed one is kept.
+
+    Args:
+        fallback: inverts the observations that the closed form does not support or whose image fails the check. None
+            reports the failed images as ``stalled`` and refuses what is not supported.
+        tolerance: an image counts as found if ‖∇W(x) − ∇W‖² ≤ tolerance · ‖∇W‖².
+        batch_tolerance: the same for batches. A batch's gradient may not determine its images; of those that fit, the
+            closed form seeks the most natural, which are nearer to the truth than others that fit a little better.
+
+    References:
+        Zhu, Blaschko. R-GAP: Recursive gradient attack on privacy. ICLR 2021.
+    """
+
+    def __init__(
+        self, fallback: Inversion | None = None, tolerance: float = 1e-5, batch_tolerance: float = 1e-4
+    ) -> None:
+        self.fallback = fallback
+        self.tolerance = tolerance
+        self.batch_tolerance = batch_tolerance
+
+    def invert(
+        self,
+        observations: Sequence[Observation],
+        guesses: Sequence[LabelGuess | None],
+        knowledge: Knowledge,
+        run: Run,
+    ) -> list[Reconstruction]:
+        """See `Inversion.invert`; the peeled images' `objective` is the squared distance of the gradients."""
+        results: dict[int, Reconstruction] = {}
+        start = time.perf_counter()
+
+        def keep(index: int, result: Reconstruction) -> None:
+            results[index] = result
+            if run.on_result is not None:
+                run.on_result(index, result)
+
+        failed: dict[int, Peeled] = {}
+        peeler, problems = Peeler(knowledge, run.device), _pose(observations, guesses, knowledge)
+        for index, peeled in _peel(problems, peeler):
+            found = peeled.relative <= (self.tolerance if len(peeled.labels) == 1 else self.batch_tolerance)
+            if not found and self.fallback is not None:
+                failed[index] = peeled
+                continue
+            reason = StopReason.CONVERGED if found else StopReason.STALLED
+            keep(index, _report(observations[index], peeled, reason))
+            if run.on_progress is not None:
+                run.on_progress(_progress(len(observations), results, time.perf_counter() - start))
+        for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
+            if observation.error is not None:
+                keep(index, _unusable(observation, guess, knowledge))
+        rest = [index for index in range(len(observations)) if index not in results]
+        if rest and self.fallback is None:
+            first = observations[rest[0]]
+            raise UsageError(
+                f"attack.inversion=peeling cannot undo round {first.round}, client {first.client} (batch_size="
+                f"{first.training.batch_size}): it needs one local step, known labels, at most half as many samples as "
+                "classes and no branches or pooling; give it a fallback or choose attack.inversion=gradient_matching"
+            )
+
+        def keep_closer(position: int, result: Reconstruction) -> None:
+            index = rest[position]
+            if index in failed and not result.converged:
+                samples = [problem for problem in problems if problem.index == index]
+                relative = torch.inf  # where every sample has its own gradient
+                if not observations[index].training.per_sample:
+                    relative = peeler.relative(samples[0], result.images, result.labels)
+                if failed[index].relative <= relative:
+                    report = _report(observations[index], failed[index], StopReason.STALLED)
+                    report.evaluations, report.restarts = result.evaluations + 1, result.restarts
+                    report.seconds += result.seconds
+                    result = report
+            keep(index, result)
+
+        peeled_already = len(results)
+
+        def of_all(state: Progress) -> None:
+            if run.on_progress is not None:
+                done, converged = state.done + peeled_already, state.converged + peeled_already
+                run.on_progress(replace(state, problems=len(observations), done=done, converged=converged))
+
+        fallback = self.fallback
+        if isinstance(fallback, GradientMatching) and fallback.initial is None:
+            # A peeled image that narrowly fails is near the truth, where a grey one may lead to another solution.
+            fallback = copy.copy(fallback)
+            fallback.initial = lambda *_: [failed[index].images if index in failed else None for index in rest]
+        if rest and fallback is not None:
+            fallback.invert(
+                [observations[index] for index in rest],
+                [guesses[index] for index in rest],
+                knowledge,
+                replace(run, on_result=keep_closer, on_progress=of_all),
+            )
+        return [results[index] for index in range(len(observations))]
+
+
+def _report(observation: Observation, peeled: Peeled, stop_reason: StopReason) -> Reconstruction:
+    return Reconstruction(
+        round=observation.round,
+        client=observation.client,
+        images=peeled.images,
+        labels=peeled.labels,
+        objective=peeled.objective,
+        evaluations=1,
+        seconds=peeled.seconds,
+        stop_reason=stop_reason,
+        details={"method": "closed_form", "relative_objective": peeled.relative},
+    )
+
+
+def _unusable(observation: Observation, guess: LabelGuess | None, knowledge: Knowledge) -> Reconstruction:
+    size = observation.training.batch_size or 1
+    return Reconstruction(
+        round=observation.round,
+        client=observation.client,
+        images=torch.full((size, *knowledge.image_shape), 0.5),
+        labels=torch.zeros(size, dtype=torch.int64) if guess is None else guess.best.cpu(),
+        objective=float("nan"),
+        evaluations=0,
+        seconds=0.0,
+        stop_reason=observation.error or "",
+    )
+
+
+def _progress(problems: int, results: Mapping[int, Reconstruction], seconds: float) -> Progress:
+    objectives = sorted(result.objective for result in results.values())
+    converged = sum(result.converged for result in results.values())
+    return Progress(
+        problems=problems,
+        done=len(results),
+        converged=converged,
+        diverged=0,
+        median_objective=objectives[len(objectives) // 2],
+        evaluations=len(results),
+        evaluations_per_second=len(results) / max(seconds, 1e-9),
+    )
