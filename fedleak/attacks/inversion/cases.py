@@ -15,6 +15,7 @@ from fedleak.attacks.inversion.schedule import Standing
 from fedleak.attacks.inversion.trace import Snapshots, Trace, side_by_side
 from fedleak.attacks.problem import Problem
 from fedleak.attacks.results import Progress, Reconstruction, StopReason
+from fedleak.capture import Observation
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Case:
 
 
 @dataclass(eq=False)
-class Start(Standing):
+class Attempt(Standing):
     """A start of a case, as the solver keeps it."""
 
     case: Case
@@ -62,9 +63,10 @@ class Start(Standing):
         """Evaluations when the pool has come to `iteration`."""
         return self.before + iteration - self.launched
 
-    def rewind(self) -> Start:
+    def rewind(self) -> Attempt:
         """This start as it was before its stage."""
         self.launched, self.clock, self.trace = 0, 0.0, self.trace.until(self.before)
+        self.evaluations, self.objective = self.before, float("inf")
         return self
 
 
@@ -127,3 +129,19 @@ class Results:
                 evaluations_per_second=self.evaluations / (now - self.began),
             )
         )
+
+
+def unusable(observation: Observation, image_shape: tuple[int, int, int]) -> Reconstruction:
+    """Grey images in place of what cannot be sought, with the reason why."""
+    size = observation.training.samples or 1
+    return Reconstruction(
+        round=observation.round,
+        client=observation.client,
+        images=torch.full((size, *image_shape), 0.5),
+        labels=torch.zeros(size, dtype=torch.long),
+        objective=float("nan"),
+        evaluations=0,
+        seconds=0.0,
+        stop_reason=observation.error or "empty",
+        restarts=0,
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.chain.fully_connected import has_rank
-from fedleak.attacks.inversion.cases import Case, Results
+from fedleak.attacks.inversion.cases import Case, Results, unusable
 from fedleak.attacks.inversion.coordinates import Coordinates, Cosines
 from fedleak.attacks.inversion.distances import ChainDistance, Comparison, Distance, GeneralDistance
 from fedleak.attacks.inversion.objectives import L2, Objective
@@ -173,11 +173,11 @@ class GradientMatching(Inversion):
             firsts = self.initial(observations, guesses, knowledge, run.device)
             problems = [_begun(problem, firsts[problem.index], observations[problem.index]) for problem in problems]
         posed = {problem.index for problem in problems}
-        unusable = {i: _unusable(o, knowledge) for i, o in enumerate(observations) if i not in posed}
-        for index, result in unusable.items():
+        failed = {i: unusable(o, knowledge.image_shape) for i, o in enumerate(observations) if i not in posed}
+        for index, result in failed.items():
             if run.on_result is not None:
                 run.on_result(index, result)
-        found = unusable | self.solve(problems, knowledge, run)
+        found = failed | self.solve(problems, knowledge, run)
         return [found[index] for index in range(len(observations))]
 
     def solve(self, problems: Sequence[Problem], knowledge: Knowledge, run: Run) -> dict[int, Reconstruction]:
@@ -231,18 +231,3 @@ def _begun(problem: Problem, first: Tensor | None, observation: Observation) -> 
     if first is not None and observation.training.per_sample:
         first = first[sample : sample + 1]
     return replace(problem, start=first)
-
-
-def _unusable(observation: Observation, knowledge: Knowledge) -> Reconstruction:
-    size = observation.training.samples or 1
-    return Reconstruction(
-        round=observation.round,
-        client=observation.client,
-        images=torch.full((size, *knowledge.image_shape), 0.5),
-        labels=torch.zeros(size, dtype=torch.long),
-        objective=float("nan"),
-        evaluations=0,
-        seconds=0.0,
-        stop_reason=observation.error or "empty",
-        restarts=0,
-    )

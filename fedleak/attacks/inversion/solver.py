@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fedleak.attacks.base import Run
-from fedleak.attacks.inversion.cases import Case, Results, Start
+from fedleak.attacks.inversion.cases import Attempt, Case, Results
 from fedleak.attacks.inversion.coordinates import Coordinates
 from fedleak.attacks.inversion.distances import Distance, Rows
 from fedleak.attacks.inversion.memory import free_memory, out_of_memory
 from fedleak.attacks.inversion.optimizers import Optimizer
 from fedleak.attacks.inversion.priors import Prior
 from fedleak.attacks.inversion.schedule import Schedule
-from fedleak.attacks.inversion.starts import Start as Beginning
-from fedleak.attacks.inversion.starts import first_point
+from fedleak.attacks.inversion.starts import Start, first_point
 from fedleak.attacks.inversion.stopping import REASONS, Evaluated, Stopping
 from fedleak.attacks.inversion.trace import add_snapshot
 from fedleak.attacks.results import StopReason
@@ -36,7 +35,7 @@ class Settings:
     anneal: tuple[float, ...]
     optimizer: Optimizer
     coordinates: Coordinates
-    start: Beginning
+    start: Start
     schedule: Schedule
     stopping: Stopping
     restarts: int
@@ -70,10 +69,10 @@ class Solver:
         self.seed = run.seed
         self.results = results
         self.coordinates = settings.coordinates.on(image_shape, device=distance.device, dtype=settings.dtype)
-        self.queue: deque[Start] = deque()
-        self.slots: list[Start | None] = []
+        self.queue: deque[Attempt] = deque()
+        self.slots: list[Attempt | None] = []
         self.rows: dict[str, Rows] = {}
-        self.dropped: set[Start] = set()
+        self.dropped: set[Attempt] = set()
 
     def solve(self, cases: Sequence[Case]) -> None:
         """Run every case to its end."""
@@ -101,7 +100,7 @@ class Solver:
         for restart, candidate in schedule.launch(
             tuple(standings), restarts=self.settings.restarts, candidates=case.candidates
         ):
-            start = Start(restart=restart, candidate=candidate, case=case)
+            start = Attempt(restart=restart, candidate=candidate, case=case)
             standings.append(start)
             self.queue.append(start)
         self._drop([case])
@@ -112,14 +111,14 @@ class Solver:
         """End the starts that the schedule gives up: those in slots after their next evaluation, others at once."""
         for case in cases:
             for start in self.settings.schedule.drop(tuple(case.standings)):
-                assert isinstance(start, Start)
+                assert isinstance(start, Attempt)
                 if start in self.queue and start.point is None:  # it has not begun
                     self.queue.remove(start)
                     start.reason = StopReason.STALLED
                 elif start.reason is None:
                     self.dropped.add(start)
 
-    def _running(self) -> list[tuple[int, Start]]:
+    def _running(self) -> list[tuple[int, Attempt]]:
         return [(slot, start) for slot, start in enumerate(self.slots) if start is not None]
 
     def _chunk(self) -> int:
@@ -130,7 +129,7 @@ class Solver:
         one = self.distance.bytes_per_problem(self.shape) + 2 * optimizer  # twice: dropping rows copies
         return max(1, int(free_memory(self.distance.device) / 2 / one))
 
-    def _fresh(self, starts: Sequence[Start]) -> dict[str, Rows]:
+    def _fresh(self, starts: Sequence[Attempt]) -> dict[str, Rows]:
         """Rows for these starts."""
         settings, device = self.settings, self.distance.device
         points, labels = [], []
@@ -185,11 +184,8 @@ class Solver:
                 self._record(ended, codes, iteration, clock)
                 if not self._running() and not self.queue:
                     return
-            # What ended in this iteration makes room for others, which take no step yet.
-            free = [slot for slot, start in enumerate(self.slots) if start is None] if ended else []
-            fresh = [(slot, self.queue.popleft()) for slot in free[: len(self.queue)]]
             self._step(value, gradient)
-            self._fill(fresh, iteration, clock)
+            self._fill(iteration, clock)
             self._close()
             clock += (time.perf_counter() - began) / len(running)
 
@@ -279,7 +275,7 @@ class Solver:
                 self._keep(start, found[place], points[place, self.pixels :].cpu(), last[place])
             self._launch(case)
 
-    def _keep(self, start: Start, images: Tensor, logits: Tensor, last_logits: Tensor) -> None:
+    def _keep(self, start: Attempt, images: Tensor, logits: Tensor, last_logits: Tensor) -> None:
         """What a start found is the best of its case so far."""
         case, labels = start.case, start.case.problem.labels
         assert start.reason is not None
@@ -310,17 +306,19 @@ class Solver:
             images = self._images(own["x"]).clamp(0, 1)
             own["x"][:, : self.pixels] = self.coordinates.unknowns(images).flatten(1)
 
-    def _fill(self, fresh: Sequence[tuple[int, Start]], iteration: int, clock: float) -> None:
-        """Put starts into free slots."""
+    def _fill(self, iteration: int, clock: float) -> None:
+        """Put starts that wait into free slots."""
+        free = [slot for slot, start in enumerate(self.slots) if start is None]
+        fresh = list(zip(free, self.queue, strict=False))
         if not fresh:
             return
         slots = torch.tensor([slot for slot, _ in fresh], device=self.distance.device)
         for kind, new in self._fresh([start for _, start in fresh]).items():
             for name, value in new.items():
                 self.rows[kind][name][slots] = value
-        for slot, start in fresh:
+        for slot, start in fresh:  # only now, lest they be lost where memory does not suffice
             start.launched, start.clock = iteration, clock
-            self.slots[slot] = start
+            self.slots[slot] = self.queue.popleft()
 
     def _close(self) -> None:
         """Do without the free slots where they are more than a few."""

@@ -27,6 +27,7 @@ from fedleak.attacks.inversion.trace import MOST_SNAPSHOTS
 from fedleak.attacks.problem import pose
 from fedleak.attacks.results import Progress, Reconstruction
 from fedleak.errors import UsageError
+from fedleak.local_update import local_update
 from fedleak.training import SGD, LocalTraining
 
 
@@ -251,6 +252,22 @@ def test_new_weights_are_read_as_the_gradient_they_stand_for(victims) -> None:
     )
 
 
+def test_the_clients_own_steps_are_gone_through_where_asked_for(victims) -> None:
+    v = victims(1, batch=2, dtype=torch.float64)
+    training = LocalTraining("weights", 1, 2, optimizer=SGD(0.3, momentum=0.9))
+    start = v.observations[0].parameters
+    images, labels = v.images[0].double(), v.labels[0]
+    sent = local_update(v.knowledge.model, start, {}, images, labels, training).update
+    observation = dataclasses.replace(v.observations[0], update=sent, training=training)
+    settings: dict[str, Any] = {**SHORT, "max_evaluations": 150, "objective": L2(relative=True), "start": "grey"}
+    found = []
+    for unroll in (True, False):
+        config = GradientMatching(unroll=unroll, optimizer=LBFGS(max_step=0.5), **settings)
+        found += config.invert([observation], v.guesses, v.knowledge, Run())
+    assert errors(found[:1], v.images).max() < 1e-2 < errors(found[1:], v.images).max()
+    assert (GradientMatching().needs_scale, GradientMatching(unroll=True).needs_scale) == (True, False)
+
+
 def test_results_come_as_they_finish(victims) -> None:
     v = victims(4)
     observations = [dataclasses.replace(v.observations[0], error="sent NaN"), *v.observations[1:]]
@@ -402,6 +419,23 @@ def test_what_memory_interrupted_is_followed_from_its_beginning(victims, monkeyp
     for one, other in zip(found, wanted, strict=True):
         assert [count for count, _ in one.trace] == [count for count, _ in other.trace]
         assert [count for count, _ in one.snapshots] == [count for count, _ in other.snapshots]
+
+
+def test_what_waited_when_memory_ran_out_is_not_forgotten(victims, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = victims(4, dtype=torch.float64)
+    config = GradientMatching(chunk_size=2, **SHORT)
+    wanted = config.invert(v.observations, v.guesses, v.knowledge, Run())
+    load, calls = ChainDistance.load, 0
+
+    def second(self, problems):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first two have ended and make room
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return load(self, problems)
+
+    monkeypatch.setattr(ChainDistance, "load", second)
+    same(config.invert(v.observations, v.guesses, v.knowledge, Run()), wanted)
 
 
 def test_first_images_may_come_from_elsewhere(victims) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
+from fedleak.attacks.inversion.cases import unusable
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.peeling.solve import Peeled, Peeler
 from fedleak.attacks.problem import Problem, pose
@@ -121,9 +122,9 @@ class Peeling(Inversion):
             keep(index, _report(observations[index], peeled, reason))
             if run.on_progress is not None:
                 run.on_progress(_progress(len(observations), results, time.perf_counter() - start))
-        for index, (observation, guess) in enumerate(zip(observations, guesses, strict=True)):
+        for index, observation in enumerate(observations):
             if observation.error is not None:
-                keep(index, _unusable(observation, guess, knowledge))
+                keep(index, unusable(observation, knowledge.image_shape))
         rest = [index for index in range(len(observations)) if index not in results]
         if rest and self.fallback is None:
             first = observations[rest[0]]
@@ -180,20 +181,6 @@ def _report(observation: Observation, peeled: Peeled, stop_reason: StopReason) -
         seconds=peeled.seconds,
         stop_reason=stop_reason,
         details={"method": "closed_form", "relative_objective": peeled.relative},
-    )
-
-
-def _unusable(observation: Observation, guess: LabelGuess | None, knowledge: Knowledge) -> Reconstruction:
-    size = observation.training.batch_size or 1
-    return Reconstruction(
-        round=observation.round,
-        client=observation.client,
-        images=torch.full((size, *knowledge.image_shape), 0.5),
-        labels=torch.zeros(size, dtype=torch.int64) if guess is None else guess.best.cpu(),
-        objective=float("nan"),
-        evaluations=0,
-        seconds=0.0,
-        stop_reason=observation.error or "",
     )
 
 
