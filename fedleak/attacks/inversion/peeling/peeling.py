@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -103,29 +103,18 @@ class Peeling(Inversion):
         run: Run,
     ) -> list[Reconstruction]:
         """See `Inversion.invert`; the peeled images' `objective` is the squared distance of the gradients."""
-        results: dict[int, Reconstruction] = {}
-        start = time.perf_counter()
-
-        def keep(index: int, result: Reconstruction) -> None:
-            results[index] = result
-            if run.on_result is not None:
-                run.on_result(index, result)
-
-        failed: dict[int, Peeled] = {}
-        peeler, problems = Peeler(knowledge, run.device), _pose(observations, guesses, knowledge)
-        for index, peeled in _peel(problems, peeler):
+        call = _Call(observations, _pose(observations, guesses, knowledge), Peeler(knowledge, run.device), run)
+        for index, peeled in _peel(call.problems, call.peeler):
             found = peeled.relative <= (self.tolerance if len(peeled.labels) == 1 else self.batch_tolerance)
-            if not found and self.fallback is not None:
-                failed[index] = peeled
-                continue
-            reason = StopReason.CONVERGED if found else StopReason.STALLED
-            keep(index, _report(observations[index], peeled, reason))
-            if run.on_progress is not None:
-                run.on_progress(_progress(len(observations), results, time.perf_counter() - start))
+            if found or self.fallback is None:
+                call.keep(index, _report(observations[index], peeled, found))
+                call.progress()
+            else:
+                call.failed[index] = peeled
         for index, observation in enumerate(observations):
             if observation.error is not None:
-                keep(index, unusable(observation, knowledge.image_shape))
-        rest = [index for index in range(len(observations)) if index not in results]
+                call.keep(index, unusable(observation, knowledge.image_shape))
+        rest = [index for index in range(len(observations)) if index not in call.results]
         if rest and self.fallback is None:
             first = observations[rest[0]]
             raise UsageError(
@@ -133,44 +122,88 @@ class Peeling(Inversion):
                 f"{first.training.batch_size}): it needs one local step, known labels, at most half as many samples as "
                 "classes and no branches or pooling; give it a fallback or choose attack.inversion=gradient_matching"
             )
-
-        def keep_closer(position: int, result: Reconstruction) -> None:
-            index = rest[position]
-            if index in failed and not result.converged:
-                samples = [problem for problem in problems if problem.index == index]
-                relative = torch.inf  # where every sample has its own gradient
-                if not observations[index].training.per_sample:
-                    relative = peeler.relative(samples[0], result.images, result.labels)
-                if failed[index].relative <= relative:
-                    report = _report(observations[index], failed[index], StopReason.STALLED)
-                    report.evaluations, report.restarts = result.evaluations + 1, result.restarts
-                    report.seconds += result.seconds
-                    result = report
-            keep(index, result)
-
-        peeled_already = len(results)
-
-        def of_all(state: Progress) -> None:
-            if run.on_progress is not None:
-                done, converged = state.done + peeled_already, state.converged + peeled_already
-                run.on_progress(replace(state, problems=len(observations), done=done, converged=converged))
-
         fallback = self.fallback
         if isinstance(fallback, GradientMatching) and fallback.initial is None:
             # A peeled image that narrowly fails is near the truth, where a grey one may lead to another solution.
             fallback = copy.copy(fallback)
-            fallback.initial = lambda *_: [failed[index].images if index in failed else None for index in rest]
+            fallback.initial = lambda *_: [call.failed[i].images if i in call.failed else None for i in rest]
         if rest and fallback is not None:
             fallback.invert(
                 [observations[index] for index in rest],
                 [guesses[index] for index in rest],
                 knowledge,
-                replace(run, on_result=keep_closer, on_progress=of_all),
+                call.run_of_rest(rest),
             )
-        return [results[index] for index in range(len(observations))]
+        return [call.results[index] for index in range(len(observations))]
 
 
-def _report(observation: Observation, peeled: Peeled, stop_reason: StopReason) -> Reconstruction:
+@dataclass
+class _Call:
+    """One call of `Peeling.invert`: what is done, and what failed its check, index -> images."""
+
+    observations: Sequence[Observation]
+    problems: Sequence[Problem]
+    peeler: Peeler
+    run: Run
+    results: dict[int, Reconstruction] = field(default_factory=dict)
+    failed: dict[int, Peeled] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    def keep(self, index: int, result: Reconstruction) -> None:
+        """An observation is done."""
+        self.results[index] = result
+        if self.run.on_result is not None:
+            self.run.on_result(index, result)
+
+    def progress(self) -> None:
+        """Tell the caller."""
+        if self.run.on_progress is None:
+            return
+        done = list(self.results.values())
+        self.run.on_progress(
+            Progress(
+                problems=len(self.observations),
+                done=len(done),
+                converged=sum(result.converged for result in done),
+                diverged=0,
+                median_objective=sorted(result.objective for result in done)[len(done) // 2],
+                evaluations=len(done),
+                evaluations_per_second=len(done) / max(time.perf_counter() - self.began, 1e-9),
+            )
+        )
+
+    def run_of_rest(self, rest: Sequence[int]) -> Run:
+        """How another inversion is to work on the observations at `rest`."""
+        before = len(self.results)
+        converged = sum(result.converged for result in self.results.values())
+
+        def of_all(state: Progress) -> None:
+            if self.run.on_progress is not None:
+                done, good = state.done + before, state.converged + converged
+                self.run.on_progress(replace(state, problems=len(self.observations), done=done, converged=good))
+
+        def keep(position: int, result: Reconstruction) -> None:
+            self.keep(rest[position], self._closer(rest[position], result))
+
+        return replace(self.run, on_result=keep, on_progress=of_all)
+
+    def _closer(self, index: int, result: Reconstruction) -> Reconstruction:
+        """Of another inversion's images and those that failed, the ones whose gradient is closer to the observed."""
+        peeled, samples = self.failed.get(index), [p for p in self.problems if p.index == index]
+        if peeled is None or result.converged:
+            return result
+        other = torch.inf  # where every sample has a gradient of its own
+        if not self.observations[index].training.per_sample:
+            other = self.peeler.relative(samples[0], result.images, result.labels)
+        if not peeled.relative <= other:
+            return result
+        report = _report(self.observations[index], peeled, found=False)
+        report.evaluations, report.restarts = result.evaluations + 1, result.restarts
+        report.seconds += result.seconds
+        return report
+
+
+def _report(observation: Observation, peeled: Peeled, found: bool) -> Reconstruction:
     return Reconstruction(
         round=observation.round,
         client=observation.client,
@@ -179,20 +212,6 @@ def _report(observation: Observation, peeled: Peeled, stop_reason: StopReason) -
         objective=peeled.objective,
         evaluations=1,
         seconds=peeled.seconds,
-        stop_reason=stop_reason,
+        stop_reason=StopReason.CONVERGED if found else StopReason.STALLED,
         details={"method": "closed_form", "relative_objective": peeled.relative},
-    )
-
-
-def _progress(problems: int, results: Mapping[int, Reconstruction], seconds: float) -> Progress:
-    objectives = sorted(result.objective for result in results.values())
-    converged = sum(result.converged for result in results.values())
-    return Progress(
-        problems=problems,
-        done=len(results),
-        converged=converged,
-        diverged=0,
-        median_objective=objectives[len(objectives) // 2],
-        evaluations=len(results),
-        evaluations_per_second=len(results) / max(seconds, 1e-9),
     )
