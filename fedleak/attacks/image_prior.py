@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,7 +91,7 @@ def natural_prior(image_shape: tuple[int, int, int], *, device: torch.device | s
     Colours follow brightness with a tenth of its variance.
     """
     channels, height, width = image_shape
-    axes = [_cosines(size) for size in image_shape]
+    axes = [cosines(size) for size in image_shape]
     c, h, w = (torch.arange(size, dtype=torch.float64) for size in image_shape)
     frequency = (h[:, None] ** 2 + w[None] ** 2).sqrt()
     amplitude = (1 + frequency) ** -1.0
@@ -129,9 +130,9 @@ def _falling(values: Tensor) -> Tensor:
     )
 
 
-def _cosines(size: int) -> Tensor:
+def cosines(size: int) -> Tensor:
     """The orthonormal cosine transform (DCT-II), ``[frequency, position]``."""
     k, x = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)[None]
-    matrix: Tensor = torch.cos(torch.pi * k * (x + 0.5) / size) * (2 / size) ** 0.5
-    matrix[0] /= 2**0.5
+    matrix: Tensor = torch.cos(math.pi * k * (x + 0.5) / size) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
     return matrix

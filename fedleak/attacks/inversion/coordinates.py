@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from fedleak.attacks.image_prior import cosines
 
 
 class Coordinates:
@@ -72,11 +72,3 @@ class Cosines(Coordinates):
         shape = x.shape
         x = rows @ (x @ columns.T)
         return (channels @ x.flatten(-2)).view(shape) if len(channels) > 1 else x
-
-
-def cosines(size: int) -> Tensor:
-    """The orthonormal cosine transform (DCT-II), ``[frequency, position]``."""
-    k, x = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size, dtype=torch.float64)[None]
-    matrix = torch.cos(math.pi * k * (x + 0.5) / size) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 
 from fedleak.attacks.chain.base import Dense, Rows
-from fedleak.attacks.functional import functional_copy
+from fedleak.attacks.functional import functional_copy, mean_gradient
 from fedleak.attacks.jacobian.base import Jacobian
 from fedleak.attacks.problem import Target
-from fedleak.training import Tensors, unroll
 
 _NUMBERS = 2**26
 """Numbers in the tangents that are swept at once."""
@@ -52,21 +51,9 @@ class GeneralModel:
 
     def update(self, place: int, images: Tensor) -> Rows:
         """The mean gradient of problem `place` from images ``[B, C, H, W]``: name -> ``[n]``."""
-        start, buffers, training = self.starts[place], self.buffers[place], self.trainings[place]
-        labels = self.labels[place]
-
-        def gradient_at(step: int, weights: Tensors) -> Tensors:
-            now, wanted = training.batch(images, step), training.batch(labels, step)
-
-            def loss(values: Tensors) -> Tensor:
-                logits = functional_call(self.model, {**values, **buffers}, (now,))
-                return -(wanted * torch.log_softmax(logits, 1)).sum(1).mean()
-
-            gradient: Tensors = grad(loss)(weights)
-            return gradient
-
-        sent = unroll(gradient_at, start, training)
-        return {n: v.flatten() for n, v in training.mean_gradient(start, sent).items()}
+        start, buffers, labels = self.starts[place], self.buffers[place], self.labels[place]
+        found = mean_gradient(self.model, start, buffers, images, labels, self.trainings[place])
+        return {n: v.flatten() for n, v in found.items()}
 
     def gradients(self) -> Rows:
         """The updates, name -> ``[P, n]``."""

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fedleak.attacks.functional import mean_gradient
 from fedleak.attacks.inversion.distances.base import Comparison, Distance, Rows
 from fedleak.attacks.inversion.objectives import Elementwise
 from fedleak.attacks.problem import Problem
-from fedleak.training import LocalTraining, unroll
 
 
 class GeneralDistance(Distance):
@@ -49,7 +49,7 @@ class GeneralDistance(Distance):
     def evaluate(
         self, rows: Rows, images: Tensor, labels: Tensor, *, with_labels: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Value and gradients by differentiating the vectorised `update`."""
+        """Value and gradients by automatic differentiation."""
         images = images.detach().requires_grad_()
         labels = labels.detach().requires_grad_(with_labels)
         rows = rows | self.common
@@ -63,10 +63,12 @@ class GeneralDistance(Distance):
         """The objective ``[P]`` of one target of every problem."""
         own = None if self.shared else 0
         parameters, buffers = _kind(rows, f"{number}:parameters"), _kind(rows, f"{number}:buffers")
-        training = self.trainings[number]
-        update = torch.vmap(
-            lambda p, b, x, y: self.update(training, p, b, x, y), in_dims=(own, own, 0, 0), randomness="different"
-        )(parameters, buffers, images, labels)
+        training = self.trainings[number] if self.comparison.unrolled else None
+
+        def of_one(parameters: Rows, buffers: Rows, images: Tensor, labels: Tensor) -> Rows:
+            return mean_gradient(self.model, parameters, buffers, images, labels, training)
+
+        update = torch.vmap(of_one, (own, own, 0, 0), randomness="different")(parameters, buffers, images, labels)
         if f"{number}:imitation" in rows:
             update = self._imitated(update, rows[f"{number}:imitation"].tolist())
         targets = _kind(rows, f"{number}:update")
@@ -87,34 +89,6 @@ class GeneralDistance(Distance):
             imitate, one = self.imitations[place], {name: value[row] for name, value in update.items()}
             each.append(one if imitate is None else imitate(one))
         return {name: torch.stack([one[name] for one in each]) for name in update}
-
-    def update(self, training: LocalTraining, parameters: Rows, buffers: Rows, images: Tensor, labels: Tensor) -> Rows:
-        """The mean gradient that a client sends: by all of its local steps, or as if all samples were one batch.
-
-        Differentiable in images and labels, and made for `torch.vmap`.
-
-        Args:
-            training: how it trains.
-            parameters, buffers: the model's, name -> tensor.
-            images: ``[B, C, H, W]``.
-            labels: ``[B, classes]`` label distributions.
-
-        Returns:
-            name -> tensor, like `parameters`.
-        """
-
-        def gradient_at(step: int | None, weights: Rows) -> Rows:
-            x, y = (images, labels) if step is None else (training.batch(v, step) for v in (images, labels))
-
-            def loss(weights: Rows) -> Tensor:
-                logits = torch.func.functional_call(self.model, {**weights, **buffers}, (x,))
-                return -(y * torch.log_softmax(logits, 1)).sum(1).mean()
-
-            return torch.func.grad(loss)(weights)
-
-        if not self.comparison.unrolled:
-            return gradient_at(None, parameters)
-        return training.mean_gradient(parameters, unroll(gradient_at, parameters, training))
 
 
 def _named(kind: str, tensors: Rows) -> Rows:
