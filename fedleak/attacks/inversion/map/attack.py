@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.chain.base import Rows
 from fedleak.attacks.image_prior import ImagePrior, natural_prior, prior_of_images
 from fedleak.attacks.inversion.map.solver import GaussNewton, Settings, State
+from fedleak.attacks.inversion.peeling.peeling import closed_form
 from fedleak.attacks.jacobian.models import update_model
 from fedleak.attacks.noise import Noise, noise_of
 from fedleak.attacks.problem import Problem, pose
@@ -28,6 +30,8 @@ _EXPLAINED = 3.0
 _LARGE = 200
 """Elements from which a tensor's residual tells the size of its own noise."""
 _DRAWS = 6
+_NEAR = 1e-3
+"""Relative square of the gap up to which peeled images are worth starting from."""
 _TEMPER = 1.5
 """Of the prior on the way: detail that is free too early leads into dead ends."""
 _TOGETHER = 2**30
@@ -83,22 +87,27 @@ class MAP(Inversion):
             if problem.labels is None:
                 raise UsageError("attack.inversion=map needs labels; choose another attack/labels than joint")
         prior = image_prior(knowledge, self.prior).to(run.device)
-        solutions: dict[int, list[_Solution]] = {}
-        work = _Work(self, knowledge, prior, run, len(problems))
-        for problem in problems:
-            if not _finite(problem):
-                shape = (problem.samples, *knowledge.image_shape)
-                solutions.setdefault(problem.index, []).append(_Solution(torch.full(shape, 0.5), _labels(problem, 0)))
-        for group in _groups([p for p in problems if _finite(p)], prior, knowledge):
-            for problem, solution in zip(group, work.solve(group), strict=True):
-                solutions.setdefault(problem.index, []).append(solution)
-        results = []
-        for index, observation in enumerate(observations):
-            result = _reconstruction(observation, solutions.get(index, []), knowledge)
-            results.append(result)
+        solutions: dict[int, dict[int, _Solution]] = {index: {} for index in range(len(observations))}
+        wanted = Counter(problem.index for problem in problems)
+        results: dict[int, Reconstruction] = {}
+
+        def finish(index: int) -> None:
+            found = [solution for _, solution in sorted(solutions[index].items())]
+            results[index] = _reconstruction(observations[index], found, knowledge)
             if run.on_result is not None:
-                run.on_result(index, result)
-        return results
+                run.on_result(index, results[index])
+
+        for index in set(solutions) - set(wanted):
+            finish(index)
+        firsts = closed_form(observations, guesses, knowledge, run.device)
+        problems = [replace(p, start=_usable(p, firsts[p.index], knowledge)) for p in problems]
+        work = _Work(self, knowledge, prior, run, len(problems))
+        for group in _groups(problems, prior, knowledge):
+            for problem, solution in zip(group, work.solve(group), strict=True):
+                solutions[problem.index][problem.key[2]] = solution
+                if len(solutions[problem.index]) == wanted[problem.index]:
+                    finish(problem.index)
+        return [results[index] for index in range(len(observations))]
 
 
 def image_prior(knowledge: Knowledge, kind: str = "auto") -> ImagePrior:
@@ -153,6 +162,8 @@ class _Work:
         """Solutions of problems of equal size, each after as many starts as it takes."""
         shape = (problems[0].samples, *self.knowledge.image_shape)
         best = [_Solution(torch.full(shape, 0.5), _labels(problem, 0)) for problem in problems]
+        if not _finite(problems[0]):  # and so all of them, see `_groups`
+            return best
         noises = [noise_of(problem.targets[0], problem.samples) for problem in problems]
         waiting = list(range(len(problems)))
         for attempt in range(self.attack.restarts * self.attack.candidates):
@@ -194,14 +205,7 @@ class _Work:
         settings = self.attack.settings
         path = prior.tempered(_TEMPER)
         solver = GaussNewton(exact, rough, observed, _stack(noises, device), hot, path, settings)
-        first = min([*settings.stages, prior.root.shape[0]])
-        size = 0.1 if attempt < max(map(self._candidates, problems)) else 0.5
-        draws = [
-            torch.randn(
-                p.samples, first, generator=generator(self.run.seed, "map", *p.key, attempt), dtype=torch.float64
-            )
-            for p in problems
-        ]
+        begin = torch.stack([self._point(problem, path, attempt) for problem in problems]).to(device)
         trace: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def on_step(state: State) -> bool:
@@ -209,7 +213,7 @@ class _Work:
             self._progress(state)
             return self.late()
 
-        state = solver.run(solver.start(size * torch.stack(draws).to(device)), on_step=on_step)
+        state = solver.run(solver.start(begin), on_step=on_step)
         error = solver.rounding(state)
         precision, levels = _calibrated(solver, state, error, noises)
         reasons = [_reason(solver, state, i, noises[i], level) for i, level in enumerate(levels.tolist())]
@@ -237,6 +241,15 @@ class _Work:
             )
             for i in range(len(problems))
         ]
+
+    def _point(self, problem: Problem, path: ImagePrior, attempt: int) -> Tensor:
+        """Coordinates ``[B, K]`` that a start begins with: peeled images, or noise about the prior's mean."""
+        if attempt == 0 and problem.start is not None:
+            return path.coordinates(problem.start.to(path.mean))
+        width = min([*self.attack.settings.stages, path.root.shape[0]])
+        size = 0.1 if attempt < self._candidates(problem) else 0.5
+        random = generator(self.run.seed, "map", *problem.key, attempt)
+        return size * torch.randn(problem.samples, width, generator=random, dtype=torch.float64).to(path.mean)
 
     def _progress(self, state: State) -> None:
         if self.run.on_progress is None:
@@ -331,6 +344,18 @@ def _labels(problem: Problem, candidate: int) -> Tensor:
     return problem.labels[candidate].cpu()
 
 
+def _usable(problem: Problem, images: Tensor | None, knowledge: Knowledge) -> Tensor | None:
+    """Peeled images ``[B, C, H, W]`` of a problem, where their update comes near the observed one."""
+    if images is None or problem.labels is None or len(images) != problem.samples or not _finite(problem):
+        return None
+    target = problem.targets[0]
+    model = update_model(knowledge.model, [target], knowledge.image_shape)
+    model.at(images[None].double(), one_hot(problem.labels[:1].cpu(), knowledge.classes).double())
+    found, wanted = model.gradients(), {n: v.double().flatten().cpu() for n, v in target.update.items()}
+    gap = sum(float((found[n][0] - wanted[n]).square().sum()) for n in wanted)
+    return images if gap < _NEAR * sum(float(v.square().sum()) for v in wanted.values()) else None
+
+
 def _finite(problem: Problem) -> bool:
     return all(bool(v.isfinite().all()) for t in problem.targets for v in (*t.update.values(), *t.parameters.values()))
 
@@ -340,7 +365,8 @@ def _groups(problems: list[Problem], prior: ImagePrior, knowledge: Knowledge) ->
     numbers = sum(p.numel() for p in knowledge.model.parameters())
     groups: dict[object, list[Problem]] = {}
     for problem in problems:
-        groups.setdefault((problem.samples, problem.targets[0].training), []).append(problem)
+        key = (problem.samples, problem.targets[0].training, problem.start is None, _finite(problem))
+        groups.setdefault(key, []).append(problem)
     found = []
     for group in groups.values():
         unknowns = group[0].samples * prior.root.shape[0]
