@@ -8,6 +8,7 @@ from fedleak.studies.first_defenses import FirstDefenses
 from fedleak.studies.fresh import FreshNetworks
 from fedleak.studies.idlg_table1 import IdlgTable1
 from fedleak.studies.labels import LabelInferenceStudy
+from fedleak.studies.limit import LimitStudy
 from fedleak.studies.mlp_dlg import MlpDlg
 from fedleak.studies.rounds import Rounds
 
@@ -20,6 +21,7 @@ __all__ = [
     "IdlgTable1",
     "Job",
     "LabelInferenceStudy",
+    "LimitStudy",
     "MlpDlg",
     "Results",
     "Rounds",

@@ -215,7 +215,10 @@ class GaussNewton:
     def _step(self, state: State, least: Tensor) -> None:
         """One Gauss-Newton step of every problem; where it does not lower the objective, the damping rises instead."""
         self._width = state.z.shape[2]
-        state.s = torch.maximum(least, torch.minimum(state.s, self.settings.shrink * state.misfit))
+        # Where a whole step gained little, this level has nothing more to give: on to a lower one.
+        idle = (state.gain < 0.2) & (state.damping == 0)
+        lower = torch.minimum(torch.where(idle, 0.1 * state.s, state.s), self.settings.shrink * state.misfit)
+        state.s = torch.maximum(least, lower)
         before = self.objective(state.misfit, state.z, state.s)
         self.exact.at(self.images(state.z), self.labels)
         right = -(state.z + self.pull(state.residual) / state.s[:, None, None])
