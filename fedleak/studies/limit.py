@@ -184,7 +184,9 @@ def draw(summary: pd.DataFrame, shown: Mapping[tuple[int, str, float], tuple[Ten
                 panel.set_yticks([])
             name = defense if defense == CONTROL else f"{defense} {strength:g}"
             panels[2 * line, column].set_title(name, fontsize=8)
-            text = f"reached {values['mse']:.1e}\npossible {values['limit_mse']:.1e}"
+            text = f"error {values['mse']:.1e}"
+            if not pd.isna(values["limit_mse"]):
+                text = f"reached {values['mse']:.1e}\npossible {values['limit_mse']:.1e}"
             panels[2 * line + 1, column].set_xlabel(text, fontsize=7)
         panels[2 * line, 0].set_ylabel(f"private, B = {size}", fontsize=8)
         panels[2 * line + 1, 0].set_ylabel("rebuilt", fontsize=8)
