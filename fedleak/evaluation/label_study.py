@@ -132,12 +132,9 @@ def label_study(
         accuracies[stage] = sum(_accuracy(network, *auxiliary) for network in networks) / runs
         for batch_size in batch_sizes:
             for partition in partitions:
-                truth, observations = [], []
-                for run, network in enumerate(networks):
-                    batch = draw_batch(labels, batch_size * (training.local_steps or 1), partition, generator)
-                    batch = batch[torch.randperm(len(batch), generator=generator)]
-                    truth.append(torch.bincount(labels[batch], minlength=classes))
-                    observations.append(client_update(network, images[batch], labels[batch], training, run=run))
+                truth, observations = _victims(
+                    networks, (images, labels, classes), batch_size, partition, training, generator
+                )
                 for name, method in methods.items():
                     scored = _score(method, observations, truth, knowledge, seed)
                     rows += [(name, data, partition, stage, batch_size, run, *row) for run, row in enumerate(scored)]
@@ -158,6 +155,25 @@ def adam(network: nn.Module, images: Tensor, labels: Tensor, steps: int, generat
         optimizer.zero_grad()
         nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()
         optimizer.step()
+
+
+def _victims(
+    networks: Sequence[nn.Module],
+    data: tuple[Tensor, Tensor, int],
+    batch_size: int,
+    partition: Partition,
+    training: LocalTraining,
+    generator: torch.Generator,
+) -> tuple[list[Tensor], list[Observation]]:
+    """A victim of each network: the true class counts ``[classes]``, and what the server sees of it."""
+    images, labels, classes = data
+    truth, observations = [], []
+    for run, network in enumerate(networks):
+        batch = draw_batch(labels, batch_size * (training.local_steps or 1), partition, generator)
+        batch = batch[torch.randperm(len(batch), generator=generator)]
+        truth.append(torch.bincount(labels[batch], minlength=classes))
+        observations.append(client_update(network, images[batch], labels[batch], training, run=run))
+    return truth, observations
 
 
 def _score(
