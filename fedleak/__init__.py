@@ -1,7 +1,8 @@
 """fedleak: a federated-learning simulator with an attacker inside.
 
-`fedleak.Eavesdropper` wraps the strategy of a Flower app and captures what every client sends; `fedleak.attack`
-attacks the captures. `fedleak.attacks` is the engine on its own and needs torch and numpy only.
+`fedleak.tap` records what a Flower app's server sends and hears, for ``fedleak audit``. `fedleak.Eavesdropper` wraps
+the strategy of a Flower app and captures what every client sends; `fedleak.attack` attacks the captures.
+`fedleak.attacks` is the engine on its own and needs torch and numpy only.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CaptureStore", "Eavesdropper", "Observation", "ThreatModel", "attack"]
+__all__ = ["CaptureStore", "Eavesdropper", "Observation", "ThreatModel", "attack", "tap"]
 
 if TYPE_CHECKING:
     from fedleak.api import attack
+    from fedleak.audit.tap import tap
     from fedleak.capture import CaptureStore, Observation
     from fedleak.federation.eavesdropper import Eavesdropper
     from fedleak.threat import ThreatModel
@@ -23,6 +25,7 @@ _HOME = {
     "Observation": "fedleak.capture",
     "ThreatModel": "fedleak.threat",
     "attack": "fedleak.api",
+    "tap": "fedleak.audit.tap",
 }
 
 

@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from fedleak.errors import UsageError
+
+if TYPE_CHECKING:  # a tap writes its files without torch
+    from torch import Tensor
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> str:

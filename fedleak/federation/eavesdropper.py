@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fedleak.audit.tap import Passing
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
 from fedleak.federation.records import EXAMPLES, PARTITION, client_record, to_tensors
 from fedleak.federation.strategy import last_line
@@ -29,11 +31,12 @@ class Eavesdropper(Strategy):
         strategy = Eavesdropper(FedAvg(...), "captures", model=Net(), lr=0.1, batch_size=8)
 
     It changes nothing that the wrapped strategy sends, receives or computes, and must stay outermost so that it sees
-    what the server sees. Attack the captures with `fedleak.attack`.
+    what the server sees. The wrapped strategy's own ``start``, methods and attributes are there as before. Attack the
+    captures with `fedleak.attack`.
 
     Args:
         strategy: any Flower strategy (Message API).
-        captures: folder for the captures; must not hold any yet.
+        captures: folder for the captures; a second run that names it gets a folder ``run-2``, … inside.
         model: the shared model, whose parameters and buffers name the arrays; without it, every array counts as a
             parameter, in order.
         threat: what the attacker is granted; what is withheld is never written.
@@ -49,6 +52,7 @@ class Eavesdropper(Strategy):
         client_of: node id -> client number; by default what a reply's ``partition-id`` says, else the node's order.
         every: keep the updates of rounds 1, 1 + every, … only, which a long federation's disk may demand.
         on_round: called with a round's observations as soon as they are captured, for an attack inline.
+        quiet: do not print where the captures are.
     """
 
     def __init__(
@@ -71,10 +75,13 @@ class Eavesdropper(Strategy):
         client_of: Callable[[int], int | None] | None = None,
         every: int = 1,
         on_round: Callable[[int, list[Observation]], None] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.strategy = strategy
         self.threat = threat or ThreatModel()
-        self.store = CaptureStore.create(Path(captures), CaptureInfo(self.threat, image_shape, classes, training_mode))
+        self.store = CaptureStore.create(_free(captures), CaptureInfo(self.threat, image_shape, classes, training_mode))
+        if not quiet:
+            print(f"fedleak: capturing in {self.store.folder}", file=sys.stderr, flush=True)
         if optimizer is None and lr is not None:
             optimizer = SGD(lr)
         elif optimizer is not None and lr is not None:
@@ -87,6 +94,15 @@ class Eavesdropper(Strategy):
         self._sent: dict[int, _Sent] = {}
         self._order: dict[int, int] = {}
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "strategy":  # while this object is being made or unpickled
+            raise AttributeError(name)
+        return getattr(self.strategy, name)
+
+    def start(self, grid: Grid, *arguments: Any, **named: Any) -> Any:
+        """Let the wrapped strategy start itself, its own way, on a grid that is listened to."""
+        return self.strategy.start(_Listening(grid, self), *arguments, **named)
+
     def summary(self) -> None:
         """Log the wrapped strategy's summary."""
         self.strategy.summary()
@@ -96,28 +112,35 @@ class Eavesdropper(Strategy):
     ) -> Iterable[Message]:
         """Let the wrapped strategy configure the round, and note what it sends to whom."""
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        self._note(messages)
+        return messages
+
+    def _note(self, messages: Iterable[Message]) -> None:
+        """What a round's messages carry."""
         read: dict[int, tuple[Tensors, Tensors]] = {}  # messages may share their arrays
         self._sent = {}
         for message in messages:
-            carried = next(iter(message.content.array_records.values()), arrays)
+            carried = next(iter(message.content.array_records.values()), ArrayRecord())
             if id(carried) not in read:
                 read[id(carried)] = self._split(self._named(to_tensors(carried)))
             own: Mapping[str, Any] = next(iter(message.content.config_records.values()), {})
-            self._sent[message.metadata.dst_node_id] = _Sent(*read[id(carried)], {**config, **own})
-        return messages
+            self._sent[message.metadata.dst_node_id] = _Sent(*read[id(carried)], own)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Capture every reply, then let the wrapped strategy aggregate the same replies untouched."""
         replies = list(replies)
+        self._keep(server_round, replies)
+        return self.strategy.aggregate_train(server_round, replies)
+
+    def _keep(self, server_round: int, replies: Sequence[Message]) -> None:
         if is_due(server_round, self.every):
             observations = sorted((self._observe(server_round, reply) for reply in replies), key=lambda o: o.client)
             for observation in observations:
                 self.store.write(observation)
             if self.on_round is not None:
                 self.on_round(server_round, observations)
-        return self.strategy.aggregate_train(server_round, replies)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -203,3 +226,37 @@ class _Sent:
     parameters: Tensors
     buffers: Tensors
     config: Mapping[str, Any]
+
+
+class _Listening(Passing):
+    """A grid whose training messages and replies are those of an eavesdropper's rounds."""
+
+    def __init__(self, grid: Grid, eavesdropper: Eavesdropper) -> None:
+        super().__init__(grid)
+        self._eavesdropper = eavesdropper
+        self._round = 0
+        self._training = False
+
+    def sends(self, messages: list[Message]) -> None:
+        """Note a round's messages; its number is what they say, or one more than the last where they say no new one."""
+        self._training = bool(messages) and messages[0].metadata.message_type.split(".")[0] == MessageType.TRAIN
+        if self._training:
+            config: Mapping[str, Any] = next(iter(messages[0].content.config_records.values()), {})
+            says = config.get("server-round")
+            self._round = says if isinstance(says, int) and says > self._round else self._round + 1
+            self._eavesdropper._note(messages)
+
+    def hears(self, replies: list[Message]) -> None:
+        """Keep a round's replies."""
+        if self._training and replies:
+            self._eavesdropper._keep(self._round, replies)
+
+
+def _free(captures: str | Path) -> Path:
+    """The folder itself, or one in it if it holds captures of an earlier run; absolute."""
+    folder = Path(captures).absolute()
+    taken, number = folder, 1
+    while (taken / "index.jsonl").exists():
+        number += 1
+        taken = folder / f"run-{number}"
+    return taken

@@ -6,13 +6,15 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 
@@ -23,8 +25,25 @@ class LocalGrid(Grid):
     (`TaskIdentity`, `_message_id`); nothing outside this class touches them.
     """
 
-    def __init__(self, client_app: ClientApp, clients: int) -> None:
+    def __init__(
+        self,
+        client_app: ClientApp,
+        clients: int,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+        around: Callable[[Message], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        """A grid of `clients` nodes.
+
+        Args:
+            client_app: the app that answers.
+            clients: number of nodes.
+            run_config: what the app finds in its context.
+            around: makes what is entered around each answer, of the message that is answered.
+        """
         self._app = client_app
+        self._around = around or nullcontext
+        self._run = Run.create_empty(run_id=1)
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 0, 0
         self._contexts = {
             node: Context(
@@ -32,7 +51,7 @@ class LocalGrid(Grid):
                 node_id=node,
                 node_config={"partition-id": node - 1, "num-partitions": clients},
                 state=RecordDict(),
-                run_config={},
+                run_config=dict(run_config or {}),
             )
             for node in range(1, clients + 1)
         }
@@ -44,8 +63,8 @@ class LocalGrid(Grid):
 
     @property
     def run(self) -> Any:
-        """Not available in this process."""
-        raise NotImplementedError("the local engine has no SuperLink run")
+        """A run by number; nothing else is known of it in this process."""
+        return self._run
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
@@ -79,7 +98,8 @@ class LocalGrid(Grid):
         # Messages of a round share one content, and a client may change what it gets: each receives a copy.
         received = Message(copy.deepcopy(message.content), metadata=copy.copy(message.metadata))  # type: ignore[call-overload]
         try:
-            return self._app(received, self._contexts[message.metadata.dst_node_id])
+            with self._around(message):
+                return self._app(received, self._contexts[message.metadata.dst_node_id])
         except Exception as error:
             return Message(Error(code=0, reason=f"{type(error).__name__}: {error}"), reply_to=received)
 

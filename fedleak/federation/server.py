@@ -80,6 +80,7 @@ def make_server_app(
             client_of=inner.partition_of.get,
             every=federation.capture_every,
             on_round=on_round,
+            quiet=True,
         )
         with (run_dir / "rounds.csv").open("w", newline="") as file:
             writer = csv.writer(file)
