@@ -1,4 +1,4 @@
-"""The command line: ``fedleak run``, ``fedleak attack``, ``fedleak labels``, ``fedleak report``, ``fedleak list``."""
+"""The command line: ``fedleak run``, ``attack``, ``labels``, ``condense``, ``report`` and ``list``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside,
   fedleak run [overrides]                   run a federation, attack every captured update, judge the result
   fedleak attack run_dir=DIR [overrides]    attack an earlier run's captures again
   fedleak labels [overrides]                compare the label inference methods, fresh networks each run
+  fedleak condense [overrides]              condense a data set into a few images a class, by gradient matching
   fedleak report DIR [DIR …] [--output F]   one HTML page on a run, or on several side by side
   fedleak list                              the choices of every group
   fedleak --help | --version
@@ -41,7 +42,7 @@ Overrides are Hydra's: group=choice picks a part, key=value sets one value.
   fedleak run --multirun defense.ratio=0.1,0.5,0.9 defense=pruning
   fedleak attack run_dir=outputs/… attack=dlg attack.restarts=4
 
-Options of run and labels: --multirun (-m) sweeps over comma-separated values; --cfg job prints the composed
+Options of run, labels and condense: --multirun (-m) sweeps over comma-separated values; --cfg job prints the composed
 configuration and stops. --config-dir DIR adds YAML files of your own, for attack and list too.
 """
 
@@ -91,6 +92,13 @@ def labels(arguments: list[str]) -> int:
     from fedleak.setup import read_labels
 
     return _through_hydra("labels", "labels", read_labels, arguments)
+
+
+def condense(arguments: list[str]) -> int:
+    """``fedleak condense``: a data set in a few made images a class, by settings of its own."""
+    from fedleak.setup import read_condense
+
+    return _through_hydra("condense", "condense", read_condense, arguments)
 
 
 def _refuse(setup: Setup, overrides: Sequence[str]) -> None:
@@ -232,6 +240,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
     "attack": attack,
     "labels": labels,
+    "condense": condense,
     "report": report,
     "list": list_choices,
 }

@@ -98,6 +98,7 @@ class Setup:
         study: a published table or figure instead of one federation, with its short settings where `quick` says so.
         device: ``auto``, ``cpu`` or ``cuda``.
         limit: whether to say how much each update can leak at most.
+        auxiliary: the folder of condensed images that are granted as auxiliary data, None for held-out test images.
         settings: the configuration as dotted key -> value, for trackers.
     """
 
@@ -116,6 +117,7 @@ class Setup:
     tracking: Part
     attack: AttackPlan
     study: Part | None
+    auxiliary: str | None
     settings: Mapping[str, str] = field(compare=False)
 
     @property
@@ -154,6 +156,7 @@ RULES: Mapping[str, Rule] = {
     "quick": YES_NO,
     "device": one_of("auto", "cpu", "cuda"),
     "limit": Rule(lambda v: v in ("auto", "off") or v is False, "one of auto, off"),  # YAML reads off as false
+    "auxiliary": Rule(lambda v: v is None or (isinstance(v, str) and v != ""), "null or a folder"),
     "output_dir": Rule(lambda v: isinstance(v, str) and v != "", "a folder"),
     "federation.clients": whole(1),
     "federation.rounds": whole(1),
@@ -205,6 +208,11 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         raise UsageError(
             "threat.per_sample_gradients=true: needs federation.payload=gradient and federation.local_steps=1"
         )
+    if config["auxiliary"] is not None and not threat.auxiliary_data:
+        raise UsageError(
+            f"auxiliary={config['auxiliary']}: the threat model grants no auxiliary data; give "
+            "threat.auxiliary_data=true, or leave it out"
+        )
     attack = config["attack"]
     plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients")}
     for key in ("labels", "inversion", "view"):
@@ -220,6 +228,7 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         threat=threat,
         attack=AttackPlan(**plan),
         study=_study(config, overrides),
+        auxiliary=config["auxiliary"],
         settings=flat(config),
         **parts,
     )
@@ -238,6 +247,13 @@ def read_labels(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Set
     own = {key: config[key] for key in ("data", "model", "seed", "output_dir")}
     federation = rest["federation"] | config["federation"]
     return read(rest | own | {"federation": federation, "study": study | {"key": "labels"}}, overrides)
+
+
+def read_condense(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
+    """As `read`, of ``conf/condense.yaml``."""
+    study = {"_target_": "fedleak.studies.Condensation", **config["condense"], "key": "condense"}
+    own = {key: config[key] for key in ("data", "model", "seed", "device", "output_dir")}
+    return read(plain(compose_config([])) | own | {"study": study})
 
 
 def _study(config: Mapping[str, Any], overrides: Sequence[str]) -> Part | None:

@@ -1,5 +1,6 @@
 """Data sets and the ways to split them over clients."""
 
+from fedleak.data.condensed import condensed
 from fedleak.data.datasets import (
     ImageData,
     cifar10,
@@ -23,6 +24,7 @@ __all__ = [
     "Shards",
     "cifar10",
     "cifar100",
+    "condensed",
     "digits",
     "fashion_mnist",
     "image_folder",

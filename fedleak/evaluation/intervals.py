@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 Z = 1.96
 
@@ -25,6 +25,15 @@ def normal(values: Iterable[float]) -> tuple[float, float]:
         return float("nan"), float("nan")
     mean, half = numbers.mean(), Z * numbers.std(ddof=1) / np.sqrt(len(numbers))
     return float(mean - half), float(mean + half)
+
+
+def student(values: Iterable[float]) -> tuple[float, float]:
+    """The 95% interval of a mean of few values, by Student's t; NaN for fewer than two."""
+    numbers = np.asarray(list(values), dtype=float)
+    if len(numbers) < 2:
+        return float("nan"), float("nan")
+    half = t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / np.sqrt(len(numbers))
+    return float(numbers.mean() - half), float(numbers.mean() + half)
 
 
 def of_median(values: Iterable[float]) -> tuple[float, float]:

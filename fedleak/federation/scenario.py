@@ -9,8 +9,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from fedleak.condensation.store import load_condensed
 from fedleak.data import ImageData, to_float
 from fedleak.defenses import Defense
+from fedleak.errors import UsageError
 from fedleak.federation.adversary import Adversary
 from fedleak.instantiate import Part
 from fedleak.models import build_model
@@ -33,6 +35,7 @@ class Scenario:
         model: the shared model with its initial weights.
         adversary: what the server does to it, nothing if it is honest.
         auxiliary: what an attacker may be granted: indices into the test images, kept out of the utility's.
+        condensed: condensed images and their labels, granted instead of them; None for none.
         utility: indices of the test images that measure utility.
     """
 
@@ -48,6 +51,7 @@ class Scenario:
     auxiliary: Tensor
     utility: Tensor
     adversary: Adversary
+    condensed: tuple[Tensor, Tensor] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -87,6 +91,8 @@ class Scenario:
         """The attacker's own images and labels, if the threat model grants them."""
         if not self.threat.auxiliary_data:
             return None
+        if self.condensed is not None:
+            return self.condensed
         return to_float(self.data.test_images[self.auxiliary]), self.data.test_labels[self.auxiliary]
 
 
@@ -115,7 +121,16 @@ def build_scenario(setup: Setup) -> Scenario:
         auxiliary=order[:held_back],
         utility=order[held_back:].sort().values,
         adversary=setup.adversary.build(Adversary),
+        condensed=None if setup.auxiliary is None else _condensed(setup.auxiliary, data),
     )
+
+
+def _condensed(root: str, data: ImageData) -> tuple[Tensor, Tensor]:
+    """Condensed images that fit the data, and their labels."""
+    found = load_condensed(root, "auxiliary")
+    if tuple(found.images.shape[1:]) != data.image_shape or found.class_names != data.class_names:
+        raise UsageError(f"auxiliary={root}: condensed from other data than data={data.name}; condense those")
+    return found.images, found.labels
 
 
 def shared_model(setup: Setup, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:

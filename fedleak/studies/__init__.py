@@ -3,6 +3,7 @@
 from fedleak.studies.base import Job, Results, Study, build_study, run_study
 from fedleak.studies.batch_size import BatchSize
 from fedleak.studies.biased_data import BiasedData
+from fedleak.studies.condensation import Condensation
 from fedleak.studies.federations import Cells, cell_setup, check_cells, run_cells
 from fedleak.studies.first_defenses import FirstDefenses
 from fedleak.studies.fresh import FreshNetworks
@@ -16,6 +17,7 @@ __all__ = [
     "BatchSize",
     "BiasedData",
     "Cells",
+    "Condensation",
     "FirstDefenses",
     "FreshNetworks",
     "IdlgTable1",
