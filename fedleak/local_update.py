@@ -63,7 +63,9 @@ def local_update(
         logits = functional_call(model, {**leaves, **state}, (training.batch(images, step),))
         loss = cross_entropy(logits, training.batch(labels, step))
         losses.append(float(loss.detach()))
-        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        # What the loss does not depend on, such as an auxiliary classifier, stays as it is.
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, gradients, strict=True))
 
     def of_each(step: int, weights: Tensors) -> Tensors:
         def loss(weights: Tensors, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

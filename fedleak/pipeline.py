@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,11 +21,14 @@ from fedleak.facts import describe, facts
 from fedleak.federation.client import make_client_app
 from fedleak.federation.scenario import Scenario, build_scenario, shared_model
 from fedleak.federation.server import RoundRow, make_server_app
+from fedleak.models.check import check_training, hidden_draws
 from fedleak.outcome import Outcome, write_outcome
 from fedleak.rounds import choose_victims
 from fedleak.setup import Setup
 from fedleak.tracking import Tracker, finite, tracked
 from fedleak.truth import TruthStore
+
+log = logging.getLogger("fedleak")
 
 
 def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
@@ -37,6 +41,12 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
     if attack is not None:
         setup.check_attack(attack)
     scenario = build_scenario(setup)
+    smallest = min(setup.federation.batch_size, *(len(part) for part in scenario.parts))
+    each = 1 if setup.threat.per_sample_gradients else smallest
+    check_training(scenario.model, scenario.image_shape, each, setup.federation.training_mode)
+    hidden = hidden_draws(scenario.model, setup.federation.training_mode)
+    if attack is not None and hidden is not None:
+        log.warning(hidden)
     setup.tracking.build(Tracker)
     return scenario, attack, setup.engine.build()
 

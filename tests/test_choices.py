@@ -62,8 +62,10 @@ def test_partition(path):
 
 @pytest.mark.parametrize("path", choices("model"))
 def test_model(path):
-    model = build_model(Part("model", OmegaConf.to_container(OmegaConf.load(path))), (1, 28, 28), 10, seed=0)
-    assert model.eval()(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    size = {"vgg11": 32, "inception_v3": 75}.get(path.stem, 28)
+    node = OmegaConf.to_container(OmegaConf.load(path)) | ({"hidden": [16]} if path.stem == "vgg11" else {})
+    model = build_model(Part("model", node), (1, size, size), 10, seed=0)
+    assert model.eval()(torch.rand(2, 1, size, size)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("path", choices("defense"))

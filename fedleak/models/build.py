@@ -14,7 +14,7 @@ from torch import nn
 from fedleak.errors import UsageError
 from fedleak.instantiate import Part, locate
 from fedleak.models.init import INITIALISATIONS, initialise
-from fedleak.models.layers import Normalize, RepeatChannels
+from fedleak.models.layers import Logits, Normalize, RepeatChannels
 
 
 def build_model(part: Part, image_shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
@@ -31,6 +31,7 @@ def build_model(part: Part, image_shape: tuple[int, int, int], classes: int, see
     Returns:
         A model in train mode, on the CPU: images ``[B, C, H, W]`` in [0, 1] to logits ``[B, classes]``. One-channel
         images are repeated where the target's first convolution wants three; repetition and normalisation are layers.
+        Where the target returns a tuple or an output object, its logits are taken, see `Logits`.
 
     Raises:
         UsageError: the target cannot be imported, refuses its arguments, or does not return such a model.
@@ -90,7 +91,7 @@ def _arguments(
 
 
 def _adapt(network: nn.Module, image_shape: tuple[int, int, int], normalize: Any) -> nn.Module:
-    """`network` behind the layers that its input needs; itself if it needs none."""
+    """`network` between the layers that its input and its output need; itself if it needs none."""
     layers: list[tuple[str, nn.Module]] = []
     channels = image_shape[0]
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
@@ -106,9 +107,21 @@ def _adapt(network: nn.Module, image_shape: tuple[int, int, int], normalize: Any
                 f"model.normalize mean={mean} has {len(mean)} channels and the images {channels}; give 1 or {channels}"
             )
         layers.append(("normalize", Normalize(mean, std)))
-    if not layers:
+    after = [("logits", Logits())] if _returns_more(network, layers, image_shape) else []
+    if not layers and not after:
         return network
-    return nn.Sequential(OrderedDict([*layers, ("model", network)]))
+    return nn.Sequential(OrderedDict([*layers, ("model", network), *after]))
+
+
+def _returns_more(network: nn.Module, before: list[tuple[str, nn.Module]], image_shape: tuple[int, int, int]) -> bool:
+    """Whether a network returns anything but a tensor in train or eval mode; what fails here, `_check` explains."""
+    whole = copy.deepcopy(nn.Sequential(OrderedDict([*before, ("model", network)])))
+    try:
+        with torch.no_grad():
+            found = [whole.train(training)(torch.zeros(2, *image_shape)) for training in (True, False)]
+    except Exception:
+        return False
+    return not all(isinstance(output, torch.Tensor) for output in found)
 
 
 def _check(model: nn.Module, target: str, image_shape: tuple[int, int, int], classes: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,3 +64,22 @@ class RepeatChannels(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
+
+
+class Logits(nn.Module):
+    """The logits of a network that returns a tuple or an output object, as Inception v3 does in train mode.
+
+    Those are the tensor itself, what is called ``logits``, or what comes first. Other outputs, such as those of an
+    auxiliary classifier, train nothing.
+    """
+
+    def forward(self, output: Any) -> Tensor:
+        """Logits ``[B, classes]``; whatever else it is, as it is."""
+        if isinstance(output, Tensor):
+            return output
+        if isinstance(output, Mapping):
+            return output["logits"] if "logits" in output else next(iter(output.values()))
+        found = getattr(output, "logits", None)
+        if found is None and isinstance(output, Sequence) and output:
+            found = output[0]
+        return output if found is None else found

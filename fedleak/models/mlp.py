@@ -7,16 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fedleak.errors import UsageError
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "gelu": nn.GELU,
-    "softplus": nn.Softplus,
-}
+from fedleak.models.parts import ACTIVATIONS, choose, widths
+from fedleak.models.parts import activation as activation_of
 
 
 class MLP(nn.Module):
@@ -26,7 +18,7 @@ class MLP(nn.Module):
         image_shape: (C, H, W) of the input, images in [0, 1].
         classes: number of classes.
         hidden: width of each hidden layer; ``()`` is one linear layer (784-10 for 28×28 digits).
-        activation: one of `ACTIVATIONS`; the smooth ones can be inverted by second-order gradient matching.
+        activation: one of `fedleak.models.parts.ACTIVATIONS`; the smooth ones can be inverted to second order.
 
     Raises:
         UsageError: an unknown activation, or a width below 1.
@@ -40,17 +32,11 @@ class MLP(nn.Module):
         activation: str = "sigmoid",
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise UsageError(f"model.activation={activation} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-        listed = isinstance(hidden, Sequence) and not isinstance(hidden, str)
-        if not listed or any(type(width) is not int or width < 1 for width in hidden):
-            raise UsageError(
-                f"model.hidden={hidden} are no layer widths; give whole numbers above 0, say [256,128], or [] for none"
-            )
+        choose("activation", activation, ACTIVATIONS)
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(image_shape)
-        for wanted in hidden:
-            layers += [nn.Linear(width, wanted), ACTIVATIONS[activation]()]
+        for wanted in widths(hidden, "hidden"):
+            layers += [nn.Linear(width, wanted), activation_of(activation)]
             width = wanted
         self.body = nn.Sequential(*layers)
         self.fc = nn.Linear(width, classes)

@@ -1,4 +1,5 @@
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -6,8 +7,10 @@ from torch import nn
 
 from fedleak.errors import UsageError
 from fedleak.instantiate import Part
+from fedleak.local_update import local_update
 from fedleak.models import LeNet, Normalize, RepeatChannels
 from fedleak.models import build_model as build_part
+from fedleak.training import LocalTraining
 
 GREY, COLOUR = (1, 28, 28), (3, 32, 32)
 LENET = {"_target_": "fedleak.models.LeNet", "init": "uniform", "normalize": None}
@@ -47,14 +50,34 @@ class BatchNormed(nn.Module):
         return self.net(images)
 
 
-class TupleInTraining(nn.Module):
+class Several(nn.Module):
+    """Returns what `kind` makes of the logits and something else, in train mode alone."""
+
+    def __init__(self, classes: int, kind: str) -> None:
+        super().__init__()
+        self.fc, self.other, self.kind = nn.Linear(784, classes), nn.Linear(784, 3), kind
+
+    def forward(self, images):
+        logits, other = self.fc(images.flatten(1)), self.other(images.flatten(1))
+        if not self.training:
+            return logits
+        return {"tuple": (logits, other), "dict": {"loss": other, "logits": logits}, "object": Output(other, logits)}[
+            self.kind
+        ]
+
+
+class Output(NamedTuple):
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+class Nothing(nn.Module):
     def __init__(self, classes: int) -> None:
         super().__init__()
         self.fc = nn.Linear(784, classes)
 
     def forward(self, images):
-        logits = self.fc(images.flatten(1))
-        return (logits, logits) if self.training else logits
+        return None
 
 
 def fails(**kwargs: object) -> nn.Module:
@@ -150,7 +173,7 @@ def test_the_check_does_not_move_buffers():
         (LENET | {"normalize": {"mean": [0], "std": [0]}}, r"^model\.normalize .*above 0"),
         (RESNET | {"wdth": 3}, r"resnet18 could not be built: TypeError.*wdth"),
         ({"_target_": f"{__name__}.fails"}, r"could not be built: RuntimeError: no such size$"),
-        ({"_target_": f"{__name__}.TupleInTraining"}, r"gives tuple for a batch of 2"),
+        ({"_target_": f"{__name__}.Nothing"}, r"gives NoneType for a batch of 2"),
         ({"_target_": f"{__name__}.Linear"} | {"num_classes": 3}, r"gives \[2, 3\] .*logits \[2, 10\]"),
     ],
 )
@@ -158,6 +181,18 @@ def test_bad_configs_are_one_clear_line(settings, message):
     with pytest.raises(UsageError, match=message) as caught:
         build_model(settings, GREY, 10, seed=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "object"])
+def test_of_several_outputs_the_logits_train_the_model(kind):
+    model = build_model(config(Several, kind=kind), GREY, 10, seed=0)
+    images, labels = torch.rand(2, *GREY), torch.tensor([1, 2])
+    logits = model(images)
+    assert torch.equal(logits, model.eval()(images))
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    update = local_update(model, parameters, {}, images, labels, LocalTraining(batch_size=2, local_steps=1)).update
+    assert update["model.fc.weight"].abs().sum() > 0
+    assert update["model.other.weight"].abs().sum() == 0  # an auxiliary output trains nothing
 
 
 def test_images_that_the_model_cannot_take_are_named():

@@ -3,7 +3,7 @@ import torch
 
 from fedleak.errors import UsageError
 from fedleak.models import MLP
-from fedleak.models.mlp import ACTIVATIONS
+from fedleak.models.parts import ACTIVATIONS
 
 
 def test_without_hidden_layers_it_is_the_784_10_network():
