@@ -62,7 +62,7 @@ def test_partition(path):
 
 @pytest.mark.parametrize("path", choices("model"))
 def test_model(path):
-    size = {"vgg11": 32, "inception_v3": 75}.get(path.stem, 28)
+    size = {"vgg11": 32, "densenet121": 32, "inception_v3": 75}.get(path.stem, 28)
     node = OmegaConf.to_container(OmegaConf.load(path)) | ({"hidden": [16]} if path.stem == "vgg11" else {})
     model = build_model(Part("model", node), (1, size, size), 10, seed=0)
     assert model.eval()(torch.rand(2, 1, size, size)).shape == (2, 10)
