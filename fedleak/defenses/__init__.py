@@ -1,7 +1,27 @@
 """Defenses: what a client does to its update before anything leaves it."""
 
 from fedleak.defenses.base import Chain, Defense, Imitation, NoDefense
+from fedleak.defenses.clipping import Clipping
+from fedleak.defenses.masking import Masking
 from fedleak.defenses.noise import Gaussian, Laplacian
+from fedleak.defenses.precision import HalfPrecision
 from fedleak.defenses.pruning import Pruning
+from fedleak.defenses.quantisation import Sign, Stochastic, Uniform
+from fedleak.defenses.svd import TruncatedSVD
 
-__all__ = ["Chain", "Defense", "Gaussian", "Imitation", "Laplacian", "NoDefense", "Pruning"]
+__all__ = [
+    "Chain",
+    "Clipping",
+    "Defense",
+    "Gaussian",
+    "HalfPrecision",
+    "Imitation",
+    "Laplacian",
+    "Masking",
+    "NoDefense",
+    "Pruning",
+    "Sign",
+    "Stochastic",
+    "TruncatedSVD",
+    "Uniform",
+]

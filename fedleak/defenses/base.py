@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class Defense:
     the update (a noise's standard deviation, say) therefore weighs more on a ``weights`` payload, whose values are
     about lr × local steps times a gradient's.
     """
+
+    knob: ClassVar[str | None] = None
+    """The setting that says how strong it is, None where there is no such."""
 
     @property
     def per_example(self) -> bool:
@@ -174,4 +178,11 @@ def non_negative(key: str, value: float) -> float:
     """`value` as a float, or a `UsageError` that names `key` unless it is a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise UsageError(f"{key}={value} is no strength; give a finite number of at least 0")
+    return float(value)
+
+
+def positive(key: str, value: float) -> float:
+    """`value` as a float, or a `UsageError` that names `key` unless it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise UsageError(f"{key}={value} is no strength; give a finite number above 0")
     return float(value)

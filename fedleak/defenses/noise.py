@@ -55,6 +55,8 @@ class Gaussian(Noise):
         UsageError: `std` is negative or not finite.
     """
 
+    knob: ClassVar[str | None] = "std"
+
     def __init__(self, std: float = 0.01) -> None:
         super().__init__(non_negative("defense.std", std))
 
@@ -73,6 +75,7 @@ class Laplacian(Noise):
     """
 
     unit_std = 2**0.5
+    knob: ClassVar[str | None] = "scale"
 
     def __init__(self, scale: float = 0.01) -> None:
         super().__init__(non_negative("defense.scale", scale))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,25 +14,38 @@ from fedleak.training import LocalTraining, Tensors
 
 
 class Pruning(Defense):
-    """Set the smallest-magnitude fraction of every tensor to zero, each tensor by itself, without error feedback.
+    """Set the smallest-magnitude fraction of every tensor to zero, or of all tensors together, without error feedback.
 
-    Exactly floor(ratio × elements) of a tensor's elements are set to zero, ties by position, so that at least one
-    element of every tensor is left.
+    Exactly floor(ratio × elements) elements are set to zero, ties by position, so that at least one element of every
+    tensor (or of the whole update) is left. It saves traffic. What is sent is exact, so that an update with more
+    elements left than the images have unknowns still tells them all.
 
     Args:
         ratio: the fraction to zero, in [0, 1).
+        scope: ``tensor``: of each tensor by itself; ``update``: of all elements together, so that layers with small
+            gradients may vanish.
 
     Raises:
-        UsageError: `ratio` is outside [0, 1).
+        UsageError: `ratio` is outside [0, 1), or `scope` is another word.
+
+    References:
+        Zhu, Liu, Han. Deep leakage from gradients. NeurIPS 2019.
+        Lin, Han, Mao, Wang, Dally. Deep gradient compression. ICLR 2018.
     """
 
-    def __init__(self, ratio: float = 0.9) -> None:
+    knob: ClassVar[str | None] = "ratio"
+
+    def __init__(self, ratio: float = 0.9, scope: Literal["tensor", "update"] = "tensor") -> None:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
             raise UsageError(f"defense.ratio={ratio} is no fraction to prune; give a number in [0, 1), say 0.9")
-        self.ratio = float(ratio)
+        if scope not in ("tensor", "update"):
+            raise UsageError(f"defense.scope={scope}: choose one of tensor, update")
+        self.ratio, self.scope = float(ratio), scope
 
     def apply(self, update: Tensors, *, generator: torch.Generator) -> Tensors:
-        return {name: torch.where(self._kept(value), value, torch.zeros_like(value)) for name, value in update.items()}
+        """The largest elements, and zeros."""
+        masks = self._masks(update)
+        return {name: torch.where(masks[name], value, torch.zeros_like(value)) for name, value in update.items()}
 
     def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation:
         """The mask that the zeros of the observed update show; with noise on top, its smallest elements.
@@ -39,16 +53,31 @@ class Pruning(Defense):
         A zeroed element was no larger than the smallest kept one, t. Its noise is that of a uniform draw from [−t, t],
         t / √3, for an attacker who would weigh it; the mask makes it nothing in either update.
         """
-        masks = {name: self._kept(value) for name, value in observed.items()}
+        masks = self._masks(observed)
 
         def function(update: Tensors) -> Tensors:
-            return {name: torch.where(masks[name], value, torch.zeros_like(value)) for name, value in update.items()}
+            return {n: torch.where(masks[n].to(v.device), v, torch.zeros_like(v)) for n, v in update.items()}
 
         noise: dict[str, Tensor | float] = {}
-        for name, value in observed.items():
-            threshold = value[masks[name]].abs().amin() if value.numel() else 0.0
-            noise[name] = torch.where(masks[name], 0.0, threshold / 3**0.5)
+        least = {n: v[masks[n]].abs().amin() if bool(masks[n].any()) else torch.inf for n, v in observed.items()}
+        if self.scope == "update":
+            lowest = min((float(v) for n, v in least.items() if observed[n].is_floating_point()), default=0.0)
+            least = dict.fromkeys(least, torch.tensor(lowest))
+        for name, mask in masks.items():
+            noise[name] = torch.where(mask, 0.0, least[name] / 3**0.5)
         return Imitation(function, noise)
+
+    def _masks(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """name -> which elements are not zeroed."""
+        if self.scope == "tensor":
+            return {name: self._kept(value) for name, value in update.items()}
+        floats = {name: value for name, value in update.items() if value.is_floating_point()}
+        found = {name: torch.ones_like(value, dtype=torch.bool) for name, value in update.items()}
+        if floats:
+            together = self._kept(torch.cat([value.flatten() for value in floats.values()]))
+            parts = together.split([value.numel() for value in floats.values()])
+            found |= {n: part.view(floats[n].shape) for n, part in zip(floats, parts, strict=True)}
+        return found
 
     def _kept(self, value: Tensor) -> Tensor:
         """Which elements are not zeroed."""
