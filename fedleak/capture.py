@@ -222,7 +222,7 @@ class CaptureStore:
         threat = threat or self.info.threat
         for grant in threat.granted:
             # Auxiliary data is not captured from the wire, so it may be granted later.
-            if grant != "auxiliary_data" and not getattr(self.info.threat, grant):
+            if grant not in ("auxiliary_data", "defense") and not getattr(self.info.threat, grant):
                 raise UsageError(f"threat.{grant}=true: {self.folder} was captured without it; repeat the run with it")
         starts: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         observations = []

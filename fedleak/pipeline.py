@@ -12,9 +12,11 @@ from typing import Any
 
 from fedleak import __version__
 from fedleak.attacks import Attack, Knowledge
+from fedleak.attacks.adaptive import require_imitation
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.capture import CaptureStore
 from fedleak.console import Console
+from fedleak.defenses import Defense
 from fedleak.errors import UsageError
 from fedleak.evaluation.judge import Attacked, Judgement, judge
 from fedleak.facts import describe, facts
@@ -47,6 +49,8 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
     hidden = hidden_draws(scenario.model, setup.federation.training_mode)
     if attack is not None and hidden is not None:
         log.warning(hidden)
+    if attack is not None and attack.adaptive and setup.threat.defense:
+        require_imitation(scenario.defense, dict(scenario.model.named_parameters()), scenario.training)
     setup.tracking.build(Tracker)
     return scenario, attack, setup.engine.build()
 
@@ -142,7 +146,8 @@ def attacker_knowledge(setup: Setup, store: CaptureStore) -> Knowledge:
         raise UsageError(f"{store.folder / 'info.json'}: image_shape and classes are missing; add them")
     model = shared_model(setup, shape, classes, 0)
     auxiliary = build_scenario(setup).auxiliary_data() if setup.threat.auxiliary_data else None
-    return Knowledge(model, shape, classes, setup.threat, auxiliary)
+    defense = setup.defense.build(Defense) if setup.threat.defense else None
+    return Knowledge(model, shape, classes, setup.threat, auxiliary, defense)
 
 
 def _key(setup: Setup) -> str:

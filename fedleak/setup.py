@@ -69,6 +69,7 @@ class AttackPlan:
         view: what of the captures the attacker sees, None for every update.
         candidates: label multisets to try.
         every, clients: which updates, see `fedleak.rounds.choose_victims`.
+        adaptive: whether the attacker's guesses go through the clients' defense.
     """
 
     name: str
@@ -78,6 +79,7 @@ class AttackPlan:
     candidates: int
     every: int | Literal["auto"]
     clients: int | Literal["all"]
+    adaptive: bool = False
 
     def build(self) -> Attack | None:
         """The attack, None for ``attack=none``; raises `UsageError` for parts that cannot be built."""
@@ -87,7 +89,7 @@ class AttackPlan:
 
         labels, inversion = self.labels.build(LabelInference), self.inversion.build(Inversion)
         view = None if self.view is None else self.view.build(View)
-        return Attack(labels, inversion, name=self.name, candidates=self.candidates, view=view)
+        return Attack(labels, inversion, name=self.name, candidates=self.candidates, view=view, adaptive=self.adaptive)
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ RULES: Mapping[str, Rule] = {
     "attack.restarts": whole(1),
     "attack.max_evaluations": whole(1),
     "attack.every": _whole_or("auto"),
+    "attack.adaptive": YES_NO,
     "attack.candidates": whole(1),
     "attack.clients": _whole_or("all"),
     **{f"threat.{field.name}": YES_NO for field in fields(ThreatModel)},
@@ -214,7 +217,7 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
             "threat.auxiliary_data=true, or leave it out"
         )
     attack = config["attack"]
-    plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients")}
+    plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients", "adaptive")}
     for key in ("labels", "inversion", "view"):
         plan[key] = None if attack.get(key) is None else Part(f"attack.{key}", attack[key])
     groups = ("data", "partition", "model", "defense", "adversary", "engine", "tracking")

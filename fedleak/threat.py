@@ -19,6 +19,7 @@ class ThreatModel:
         auxiliary_data: labelled images of the same distribution, disjoint from the clients' own.
         labels: the labels of each private batch, in no particular order.
         per_sample_gradients: the gradient of every single sample (iDLG's per-sample scenario).
+        defense: what the clients defend themselves with, and its settings.
     """
 
     batch_size: bool = True
@@ -27,6 +28,7 @@ class ThreatModel:
     auxiliary_data: bool = False
     labels: bool = False
     per_sample_gradients: bool = False
+    defense: bool = False
 
     @property
     def granted(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from fedleak.attacks.adaptive import seen_through
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.results import Progress, Reconstruction, StopReason
 from fedleak.attacks.store import ReconstructionStore
@@ -25,6 +26,13 @@ class LabelsOnly(Inversion):
     """No images: the inferred labels are the whole reconstruction (grey images, stop reason ``labels_only``)."""
 
     needs_scale = False
+
+    def adapted(self) -> Inversion:
+        """Refused: there are no images to send through a defense."""
+        raise UsageError(
+            "attack.adaptive=true: this attack rebuilds no images that could be sent through a defense; leave it "
+            "false, or choose attack=fedleak"
+        )
 
     def invert(
         self,
@@ -53,6 +61,10 @@ class Attack:
         name: for tables.
         candidates: how many label multisets to ask the label inference for; the inversion keeps the best.
         view: what of the captures the attacker sees; None for every client's update.
+        adaptive: whether guesses go through the clients' defense as `fedleak.attacks.adaptive` imitates it.
+
+    Raises:
+        UsageError: `adaptive`, and the inversion rebuilds no images.
     """
 
     def __init__(
@@ -63,9 +75,11 @@ class Attack:
         name: str = "attack",
         candidates: int = 1,
         view: View | None = None,
+        adaptive: bool = False,
     ) -> None:
         self.labels = labels
-        self.inversion = inversion
+        self.inversion = inversion.adapted() if adaptive else inversion
+        self.adaptive = adaptive
         self.name = name
         self.candidates = candidates
         self.view = view if view is not None else Updates()
@@ -136,6 +150,7 @@ class Attack:
             UsageError: the attack needs what the threat model withholds, or cannot work on these observations.
         """
         self.check(knowledge.threat)
+        knowledge = seen_through(knowledge, self.adaptive)
         seen = self.view(observations)
         results: list[Reconstruction | None] = [
             _unusable(o, knowledge) if o.error is not None else store.load(o.round, o.client) if store else None

@@ -115,6 +115,14 @@ class Inversion(ABC):
     needs_scale: ClassVar[bool] = True
     """Whether the size of the gradient matters, and so the learning rate where new weights are sent."""
 
+    def adapted(self) -> Inversion:
+        """The inversion of an adaptive attacker, whose guesses go through `Target.imitate`; by default itself.
+
+        Raises:
+            UsageError: there is nothing to adapt.
+        """
+        return self
+
     @abstractmethod
     def invert(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.problem import Target
+from fedleak.defenses.masking import Mask
 
 _ROUNDING = 4e-8
 """Standard deviation of a float32 gradient's rounding, in units of its tensor's largest element (measured)."""
@@ -57,7 +58,10 @@ def noise_of(target: Target, samples: int) -> Noise:
     for name, value in target.update.items():
         whole = (rounded[name].square() + extra[name].square()).sqrt()
         withheld = value == 0
-        if bool(withheld.double().mean() > 0.2):
+        known = isinstance(target.imitate, Mask)
+        if known:
+            withheld = ~target.imitate.kept[name].cpu() & (extra[name] == 0)  # type: ignore[union-attr]
+        if known or bool(withheld.double().mean() > 0.2):
             whole = torch.where(withheld.flatten(), torch.inf, whole.flatten() if whole.dim() else whole)
         found[name] = whole.flatten() if whole.dim() else whole
     return Noise(found, target.noise is not None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedleak.attacks.base import Knowledge, LabelGuess
 from fedleak.capture import Observation
 from fedleak.defenses.base import Defense
+from fedleak.defenses.masking import Mask
 from fedleak.errors import UsageError
 from fedleak.training import LocalTraining, Tensors
 
@@ -112,10 +113,10 @@ def _targets(observation: Observation, knowledge: Knowledge, who: str) -> Iterat
         gradient = training.mean_gradient(o.parameters, update)
         check_update(knowledge.model, o.parameters, gradient, who)
         target = Target(o.parameters, o.start_buffers, {name: gradient[name] for name in order}, training)
-        yield target if knowledge.defense is None else _imitating(target, knowledge.defense)
+        yield target if knowledge.defense is None else imitating(target, knowledge.defense)
 
 
-def _imitating(target: Target, defense: Defense) -> Target:
+def imitating(target: Target, defense: Defense) -> Target:
     """The target with the defense's imitation, from the units of what is sent to those of the mean gradient."""
     training = target.training
     if training.scale is None:
@@ -125,14 +126,15 @@ def _imitating(target: Target, defense: Defense) -> Target:
     if found is None:
         return target
     function = found.function
+    noise = {n: std / training.scale for n, std in found.noise.items()}
+    if isinstance(function, Mask):  # whatever the units
+        return replace(target, imitate=function, noise=noise)
 
     def imitate(gradient: Tensors) -> Tensors:
         return {n: v / factor for n, v in function({n: factor * v for n, v in gradient.items()}).items()}
 
     same = function is dict  # as of noise: fast paths need not know
-    return replace(
-        target, imitate=None if same else imitate, noise={n: std / training.scale for n, std in found.noise.items()}
-    )
+    return replace(target, imitate=None if same else imitate, noise=noise)
 
 
 def _size(training: LocalTraining, labels: Tensor | None, who: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -58,6 +59,24 @@ class Masking(Defense):
         return masked(observed, self._factor)
 
 
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Sets elements of an update to zero; one that a fast path may look into.
+
+    Attributes:
+        kept: name -> which elements are left.
+        factor: what these are multiplied with.
+    """
+
+    kept: Mapping[str, Tensor]
+    factor: float = 1.0
+
+    def __call__(self, update: Tensors) -> Tensors:
+        return {
+            n: torch.where(self.kept[n].to(v.device), self.factor * v, torch.zeros_like(v)) for n, v in update.items()
+        }
+
+
 def masked(observed: Mapping[str, Tensor], factor: float = 1.0) -> Imitation:
     """Elements that are zero in the observed update are zero in every other too; of these, nothing is known.
 
@@ -65,9 +84,4 @@ def masked(observed: Mapping[str, Tensor], factor: float = 1.0) -> Imitation:
         observed: name -> tensor.
         factor: what the others were multiplied with.
     """
-    kept = {name: value != 0 for name, value in observed.items()}
-
-    def function(update: Tensors) -> Tensors:
-        return {n: torch.where(kept[n].to(v.device), factor * v, torch.zeros_like(v)) for n, v in update.items()}
-
-    return Imitation(function, dict.fromkeys(observed, 0.0))
+    return Imitation(Mask({n: value != 0 for n, value in observed.items()}, factor), dict.fromkeys(observed, 0.0))

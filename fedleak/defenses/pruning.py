@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedleak.defenses.base import Defense, Imitation
+from fedleak.defenses.masking import Mask
 from fedleak.errors import UsageError
 from fedleak.training import LocalTraining, Tensors
 
@@ -54,10 +55,6 @@ class Pruning(Defense):
         t / √3, for an attacker who would weigh it; the mask makes it nothing in either update.
         """
         masks = self._masks(observed)
-
-        def function(update: Tensors) -> Tensors:
-            return {n: torch.where(masks[n].to(v.device), v, torch.zeros_like(v)) for n, v in update.items()}
-
         noise: dict[str, Tensor | float] = {}
         least = {n: v[masks[n]].abs().amin() if bool(masks[n].any()) else torch.inf for n, v in observed.items()}
         if self.scope == "update":
@@ -65,7 +62,7 @@ class Pruning(Defense):
             least = dict.fromkeys(least, torch.tensor(lowest))
         for name, mask in masks.items():
             noise[name] = torch.where(mask, 0.0, least[name] / 3**0.5)
-        return Imitation(function, noise)
+        return Imitation(Mask(masks), noise)
 
     def _masks(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """name -> which elements are not zeroed."""

@@ -95,6 +95,12 @@ class Peeling(Inversion):
         self.tolerance = tolerance
         self.batch_tolerance = batch_tolerance
 
+    def adapted(self) -> Inversion:
+        """The most likely images, and the fallback for the rest: a defended update cannot be peeled."""
+        from fedleak.attacks.inversion.strongest import Strongest  # which has peeling among its parts
+
+        return Strongest() if self.fallback is None else Strongest(then=self.fallback)
+
     def invert(
         self,
         observations: Sequence[Observation],

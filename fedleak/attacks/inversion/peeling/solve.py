@@ -127,7 +127,8 @@ class Peeler:
 
 def supported(problem: Problem, chain: Chain) -> bool:
     """Whether the closed form has an answer: one step's gradient of one sample, or of a small batch of known labels."""
-    if len(problem.targets) > 1 or not problem.targets[0].training.single:
+    target = problem.targets[0]
+    if len(problem.targets) > 1 or not target.training.single or target.imitate is not None:
         return False
     size, classes, features = problem.samples, chain.last.out_shape[0], chain.last.shape[0]
     known = problem.labels is not None and chain.last.bias is not None and len(chain.layers) > 1
