@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +15,6 @@ from torch import Tensor
 
 from fedleak import tensorfile
 from fedleak.errors import UsageError
-from fedleak.instantiate import locate
 from fedleak.threat import ThreatModel
 from fedleak.training import SGD, ClientOptimizer, LocalTraining, Tensors
 
@@ -228,10 +229,10 @@ class CaptureStore:
         observations = []
         for row in self.rows() if rows is None else rows:
             if row["start_file"] not in starts:
-                tensors, _ = tensorfile.load(self.folder / row["start_file"], sha256=row["start_sha256"])
+                tensors, _ = tensorfile.load(self._path(row["start_file"]), sha256=row["start_sha256"])
                 starts[row["start_file"]] = (_under(tensors, "parameters/"), _under(tensors, "buffers/"))
             parameters, start_buffers = starts[row["start_file"]]
-            tensors, _ = tensorfile.load(self.folder / row["update_file"], sha256=row["update_sha256"])
+            tensors, _ = tensorfile.load(self._path(row["update_file"]), sha256=row["update_sha256"])
             observations.append(
                 Observation(
                     round=row["round"],
@@ -247,13 +248,23 @@ class CaptureStore:
             )
         return observations
 
+    def _path(self, name: Any) -> Path:
+        """A file that the index names; none but the store's own are opened."""
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise UsageError(f"{self.folder / 'index.jsonl'}: {name!r} is no file of this store; restore the line")
+        return self.folder / name
+
     def _training(self, row: Mapping[str, Any]) -> LocalTraining:
         """How a row says that its client trained; rows of format 1 are of plain SGD for one epoch."""
         optimizer: ClientOptimizer | None = None if row["lr"] is None else SGD(row["lr"])
         if row.get("optimizer") is not None:
-            kind = locate(row["optimizer"]["_target_"], "optimizer")
-            if not isinstance(kind, type) or not issubclass(kind, ClientOptimizer):  # before anything is called
-                raise UsageError(f"{self.folder / 'index.jsonl'}: {kind} is no ClientOptimizer; restore the line")
+            target = str(row["optimizer"]["_target_"])
+            kind = _known_optimizer(target)
+            if kind is None:
+                raise UsageError(
+                    f"{self.folder / 'index.jsonl'}: {target} is no ClientOptimizer that is known here, and what a "
+                    "capture names is not imported; import its module before loading, or restore the line"
+                )
             optimizer = kind(**{name: value for name, value in row["optimizer"].items() if name != "_target_"})
         return LocalTraining(
             row["payload"],
@@ -275,6 +286,13 @@ class _Sent:
     buffers: Mapping[str, Tensor]
     name: str
     sha256: str
+
+
+def _known_optimizer(target: str) -> type[ClientOptimizer] | None:
+    """An optimiser's class, if it is imported already: a capture from someone else must not have anything imported."""
+    module, _, name = target.rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, ClientOptimizer) else None
 
 
 def _node(optimizer: ClientOptimizer) -> dict[str, Any]:

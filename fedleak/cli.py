@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from fedleak import __version__
-from fedleak.errors import FedleakError, UsageError
+from fedleak.errors import FedleakError, UsageError, printable
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside, and see what its updates leak
 
   fedleak run [overrides]                   run a federation, attack every captured update, judge the result
-  fedleak attack run_dir=DIR [overrides]    attack an earlier run's captures again
+  fedleak attack run_dir=DIR [overrides]    attack an earlier run's captures again; --trust where its files name
+                                            code of their own
   fedleak labels [overrides]                compare the label inference methods, fresh networks each run
   fedleak condense [overrides]              condense a data set into a few images a class, by gradient matching
   fedleak report DIR [DIR …] [--output F]   one HTML page on a run, or on several side by side
@@ -129,11 +130,13 @@ def _run_job(command: str, setup: Setup, overrides: Sequence[str], folder: Path)
 
 def attack(arguments: list[str]) -> int:
     """``fedleak attack``: an earlier run's config, with attack, threat and device as given now."""
-    flags, overrides = _split(arguments)
+    trusted = "--trust" in arguments
+    flags, overrides = _split([word for word in arguments if word != "--trust"])
     if flags:
         raise UsageError(f"{flags[0]}: not an option of fedleak attack; give key=value overrides")
     from fedleak.config import SEARCH, parse
     from fedleak.setup import compose
+    from fedleak.trust import refuse_strangers
 
     given = {o.key_or_group: o for o in parse(overrides)}
     if "run_dir" not in given:
@@ -141,13 +144,19 @@ def attack(arguments: list[str]) -> int:
     run_dir = Path(str(given["run_dir"].value()))
     if not run_dir.is_dir():
         raise UsageError(f"run_dir={run_dir}: no such folder; name an earlier run's")
+    captured = (run_dir / "captures" / "index.jsonl").is_file()
+    earlier, now = _earlier(run_dir) if captured else [], [o for o in overrides if not o.startswith("run_dir=")]
     free = (*CHANGEABLE, "device", "seed", "output_dir")
-    for key in given:
-        if key.split("/")[0].split(".")[0] not in ("run_dir", *free) and key != SEARCH:
+    for key, override in given.items():
+        fixed = key.split("/")[0].split(".")[0] not in ("run_dir", *free) and key != SEARCH
+        if fixed and override.input_line not in earlier:
             raise UsageError(f"{key}: fixed by the run in {run_dir}; only {', '.join(free)} can change")
-    if not (run_dir / "captures" / "index.jsonl").is_file():
+    if not captured:
         raise UsageError(f"run_dir={run_dir}: no captures there; name the folder of a fedleak run")
-    setup = compose(_merge(_earlier(run_dir), [o for o in overrides if not o.startswith("run_dir=")]))
+    merged = _merge(earlier, now)
+    if not trusted:
+        refuse_strangers(earlier, now, merged)
+    setup = compose(merged)
     if "output_dir" in given:
         folder = Path(str(given["output_dir"].value()))
         _refuse_overwriting(folder)
@@ -173,12 +182,18 @@ def _earlier(run_dir: Path) -> list[str]:
 
     path = run_dir / ".hydra" / "overrides.yaml"
     try:
-        overrides = [str(o) for o in OmegaConf.to_object(OmegaConf.load(path))]  # type: ignore[union-attr]
+        found = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(found, list) or not all(isinstance(override, str) for override in found):
+            raise ValueError("not a list of overrides")
+        overrides = [str(override) for override in found]
     except Exception as error:
         raise UsageError(f"{path}: missing or damaged; restore it, or repeat the run") from error
     hydra = run_dir / ".hydra" / "hydra.yaml"  # a study's federations have none: theirs stand among the overrides
-    searched = OmegaConf.select(OmegaConf.load(hydra), "hydra.searchpath") if hydra.exists() else None
-    return [search_override(searched), *overrides] if searched else overrides
+    try:
+        searched = OmegaConf.select(OmegaConf.load(hydra), "hydra.searchpath") if hydra.exists() else None
+        return [search_override([str(folder) for folder in searched]), *overrides] if searched else overrides
+    except Exception as error:
+        raise UsageError(f"{hydra}: damaged; restore it, or repeat the run") from error
 
 
 def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
@@ -343,7 +358,7 @@ def _show(console: Console, outcome: Outcome) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return printable(error, 2000)
 
 
 if __name__ == "__main__":

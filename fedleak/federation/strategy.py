@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedleak.capture import find_fault
-from fedleak.errors import FedleakError
+from fedleak.errors import FedleakError, printable
 from fedleak.federation.adversary import Adversary
 from fedleak.federation.records import ARRAYS, CONFIG, PARTITION, client_record, to_arrays, to_tensors
 from fedleak.seeding import generator
@@ -161,6 +161,6 @@ class FedSGD(RepeatableFedAvg):
 
 
 def last_line(text: str | None) -> str:
-    """The last line of an error, which in a traceback says what happened."""
+    """The last line of an error, which in a traceback says what happened, fit for a terminal and a table."""
     lines = (text or "").strip().splitlines()
-    return lines[-1] if lines else "unknown error"
+    return printable(lines[-1]) if lines else "unknown error"
