@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CaptureStore", "Eavesdropper", "Observation", "ThreatModel", "attack", "tap"]
+__all__ = ["CaptureStore", "Eavesdropper", "Observation", "ThreatModel", "attack", "note_truth", "tap"]
 
 if TYPE_CHECKING:
     from fedleak.api import attack
     from fedleak.audit.tap import tap
+    from fedleak.audit.truth import note_truth
     from fedleak.capture import CaptureStore, Observation
     from fedleak.federation.eavesdropper import Eavesdropper
     from fedleak.threat import ThreatModel
@@ -25,6 +26,7 @@ _HOME = {
     "Observation": "fedleak.capture",
     "ThreatModel": "fedleak.threat",
     "attack": "fedleak.api",
+    "note_truth": "fedleak.audit.truth",
     "tap": "fedleak.audit.tap",
 }
 

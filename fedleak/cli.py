@@ -1,4 +1,4 @@
-"""The command line: ``fedleak run``, ``attack``, ``labels``, ``condense``, ``report`` and ``list``."""
+"""The command line: ``fedleak run``, ``attack``, ``labels``, ``condense``, ``audit``, ``report`` and ``list``."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside,
                                             code of their own
   fedleak labels [overrides]                compare the label inference methods, fresh networks each run
   fedleak condense [overrides]              condense a data set into a few images a class, by gradient matching
+  fedleak audit APP_DIR | CAPTURES [options] what a Flower app's updates give away; fedleak audit --help
   fedleak report DIR [DIR …] [--output F]   one HTML page on a run, or on several side by side
   fedleak list                              the choices of every group
   fedleak --help | --version
@@ -70,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
-    if command in ("--help", "-h", "help") or (command in COMMANDS and {"--help", "-h"} & set(rest)):
+    asked = command in COMMANDS and command != "audit" and {"--help", "-h"} & set(rest)
+    if command in ("--help", "-h", "help") or asked:
         print(HELP, end="")
         return 0
     if command in ("--version", "-V"):
@@ -211,6 +213,13 @@ def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
     return [search_override(folders), *kept, *(o for o in now if not o.startswith(f"{SEARCH}="))]
 
 
+def audit(arguments: list[str]) -> int:
+    """``fedleak audit``: a Flower app, or what was captured of one."""
+    from fedleak.audit.command import audit as run_audit
+
+    return run_audit(arguments)
+
+
 def report(arguments: list[str]) -> int:
     """``fedleak report``: one HTML page on one run, or on several side by side."""
     folders: list[Path] = []
@@ -256,6 +265,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "attack": attack,
     "labels": labels,
     "condense": condense,
+    "audit": audit,
     "report": report,
     "list": list_choices,
 }

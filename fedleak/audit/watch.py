@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from flwr.app import Message
+from flwr.app import Array, Message
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -29,21 +29,23 @@ class Session:
     """One client's answer to one message.
 
     Attributes:
-        node: who answered.
+        message: id of the message.
         optimizer: name of the optimiser's class, None if none made a step.
         settings: its settings at the first step: ``lr``, ``momentum``, …
         steps: optimiser steps.
         batches: samples of each forward pass in training.
         image_shape: (C, H, W) of one input.
+        kept: names of the model's tensors that the client started from otherwise than it was sent them.
         images, labels: the private inputs, as the model got them, and labels, pass by pass.
     """
 
-    node: int
+    message: str
     optimizer: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
     batches: list[int] = field(default_factory=list)
     image_shape: tuple[int, int, int] | None = None
+    kept: list[str] = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
 
@@ -67,13 +69,14 @@ class Watch:
     def around(self, message: Message) -> Iterator[None]:
         """While one client answers; one at a time, since the hooks see all of a process."""
         with self._lock:
-            session = Session(message.metadata.dst_node_id)
+            session = Session(message.metadata.message_id)
+            sent = [array for record in message.content.array_records.values() for array in record.values()]
             depth = 0
 
             def before(module: nn.Module, inputs: Any) -> None:
                 nonlocal depth
                 if depth == 0:
-                    self._input(session, module, inputs)
+                    self._input(session, module, inputs, sent)
                 depth += 1
 
             def after(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -101,12 +104,14 @@ class Watch:
                 if session.steps or session.labels:
                     self.sessions.append(session)
 
-    def _input(self, session: Session, module: nn.Module, inputs: Any) -> None:
+    def _input(self, session: Session, module: nn.Module, inputs: Any, sent: list[Array]) -> None:
         trains = torch.is_grad_enabled() and module.training and next(module.parameters(), None) is not None
         if not trains or not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 4:
             return
         if self.model is None:
             self.model = bare_model(module)
+        if not session.batches:
+            session.kept = _kept(module, sent)
         session.batches.append(len(inputs[0]))
         session.image_shape = tuple(inputs[0].shape[1:])  # type: ignore[assignment]
         session.images.append(inputs[0].detach().cpu().clone())
@@ -154,6 +159,18 @@ def bare_model(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         parameter.grad = None
     return module
+
+
+def _kept(module: nn.Module, sent: list[Array]) -> list[str]:
+    """Names of the parameters at the start of training that equal nothing of their shape that was sent."""
+    arrays = [torch.from_numpy(array.numpy().copy()) for array in sent]
+    buffers = {name for name, _ in module.named_buffers()}
+    kept = []
+    for name, value in module.state_dict().items():
+        same = [array.to(value.dtype) for array in arrays if array.shape == value.shape]
+        if name not in buffers and same and not any(torch.equal(value.cpu(), array) for array in same):
+            kept.append(name.removeprefix("_module."))
+    return kept
 
 
 def _name(optimizer: Optimizer) -> str:
