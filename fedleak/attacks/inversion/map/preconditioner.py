@@ -9,7 +9,9 @@ from fedleak.attacks.chain.base import Rows
 from fedleak.attacks.jacobian.base import UpdateModel
 
 _WHOLE = 3500
-"""Unknowns up to which the whole normal matrix is taken."""
+"""Unknowns up to which the whole normal matrix is taken at once."""
+_MOST = 14000
+"""Unknowns up to which it is taken where that is worth its price: 800 MB."""
 
 
 class Preconditioner:
@@ -21,17 +23,28 @@ class Preconditioner:
     Args:
         precision: name -> ``[P]`` or ``[P, n]``, the noise's inverse variance.
         basis: ``[K, C, H, W]``, the coordinates.
+
+    Attributes:
+        ready: whether there are derivatives at all.
+        most: unknowns up to which the whole matrix is taken.
     """
 
     def __init__(self, precision: Rows, basis: Tensor) -> None:
         self.precision = {name: value.float() for name, value in precision.items()}
         self.basis = basis.float()
         self.ready = False
+        self.most = _WHOLE
+        self.lifts = [1e-6, 1e-6]
+
+    def widen(self, batch: int) -> bool:
+        """Take the whole matrix from now on; False where that is so already, or where it is too large."""
+        before, self.most = self.most, _MOST
+        return before < batch * len(self.basis) <= _MOST
 
     def renew(self, model: UpdateModel) -> None:
         """Take the derivatives where `model` stands."""
         batch, width = model.batch, len(self.basis)
-        self.lead = width if batch * width <= _WHOLE else min(width, max(32, _WHOLE // batch))
+        self.lead = width if batch * width <= self.most else min(width, max(32, _WHOLE // batch))
         self.blocks: Tensor | None = None
         blocks, leading = [], []
         if self.lead == width:
@@ -46,12 +59,13 @@ class Preconditioner:
 
     def factor(self, s: Tensor, damping: Tensor) -> None:
         """Take s and λ ``[P]``."""
-        self.coarse_factor = _cholesky(self.coarse, s, damping)
+        self.coarse_factor, self.lifts[0] = _cholesky(self.coarse, s, damping, self.lifts[0])
         self.block_factors = None
         if self.blocks is not None:
             each = self.blocks.flatten(0, 1)
             spread = self.blocks.shape[1]
-            self.block_factors = _cholesky(each, s.repeat_interleave(spread), damping.repeat_interleave(spread))
+            each_s, each_damping = s.repeat_interleave(spread), damping.repeat_interleave(spread)
+            self.block_factors, self.lifts[1] = _cholesky(each, each_s, each_damping, self.lifts[1])
 
     def solve(self, right: Tensor) -> Tensor:
         """``[P, B, K]`` float64 of right sides of that shape."""
@@ -65,15 +79,14 @@ class Preconditioner:
         return found.double() * size
 
 
-def _cholesky(gram: Tensor, s: Tensor, damping: Tensor) -> Tensor:
-    """Factors of gram / s + 1 + λ ``[N, n, n]``, lifted as far as float32 needs."""
+def _cholesky(gram: Tensor, s: Tensor, damping: Tensor, lift: float) -> tuple[Tensor, float]:
+    """Factors of gram / s + 1 + λ ``[N, n, n]``, the diagonal lifted as far as float32 needs, and how far that was."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     scale = (1 / s).float()[:, None]
-    lift = 1e-6
     while True:
         matrix = gram * scale[..., None]
         matrix.diagonal(dim1=1, dim2=2).add_((1 + damping).float()[:, None] + lift * diagonal * scale)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not bool((failed != 0).any()) or lift > 1:
-            return factor
+            return factor, lift
         lift *= 10

@@ -24,13 +24,17 @@ from fedleak.attacks.jacobian.base import UpdateModel
 from fedleak.seeding import plain_generator
 
 
+_LINEAR = 0.9
+"""From this share of the foretold fall on, an update is nearly linear."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How the solver goes about it.
 
     Attributes:
         stages: leading coordinates of each image sought one after the other; all of them in the end.
-        coarse_steps: steps of each stage but the last.
+        coarse_steps: steps of each stage but the last, at most; it ends where its coordinates have told what they can.
         max_steps: Gauss-Newton steps of the last stage, at most.
         shrink: s is at most this share of the misfit.
         forcing: conjugate gradients stop at this relative residual.
@@ -38,7 +42,7 @@ class Settings:
     """
 
     stages: Sequence[int] = (100, 300)
-    coarse_steps: int = 1
+    coarse_steps: int = 8
     max_steps: int = 60
     shrink: float = 0.3
     forcing: float = 0.03
@@ -56,6 +60,7 @@ class State:
         residual: name -> ``[P, n]``, g − u over the noise's standard deviation.
         misfit: ``[P]``, mean square of the residual; about 1 where the images explain the update.
         gain: ``[P]``, relative fall of the objective in the last step; 0 where it was refused.
+        trust: ``[P]``, that fall over what the linear model foretold; 1 where the update is all but linear.
         slow: ``[P]``, how many steps in a row gained little.
         evaluations: ``[P]``, evaluations of the update and products with its derivative.
     """
@@ -66,6 +71,7 @@ class State:
     residual: Rows
     misfit: Tensor
     gain: Tensor
+    trust: Tensor
     slow: Tensor
     evaluations: Tensor
 
@@ -114,7 +120,7 @@ class GaussNewton:
         residual = self._residual(z)
         misfit = self._misfit(residual)
         zero = torch.zeros_like(misfit)
-        return State(z, misfit.clamp(min=1.0), zero, residual, misfit, zero + 1, zero, zero + 1)
+        return State(z, misfit.clamp(min=1.0), zero, residual, misfit, zero + 1, zero, zero, zero + 1)
 
     def run(self, state: State, *, on_step: Callable[[State], bool] | None = None) -> State:
         """Coarse to fine, then down to the noise.
@@ -134,13 +140,14 @@ class GaussNewton:
                 state.slow = torch.where(state.gain < 0.05, state.slow + 1, 0)
                 if on_step is not None and on_step(state):
                     return state
-                if width == size and bool(self.settled(state).all()):
+                told = (state.misfit < 3 * least) | (state.gain < 0.1)
+                if bool((self.settled(state) if width == size else told).all()):
                     break
         return state
 
     def settled(self, state: State) -> Tensor:
         """``[P]``, where further steps would gain nothing: at the noise, in a dead end, or out of numbers."""
-        arrived = (state.s <= 1) & (state.gain < 0.02)
+        arrived = (state.s <= 1) & (state.gain < torch.where(state.trust > _LINEAR, 0.1, 0.02))
         return arrived | (state.slow >= 4) | ~state.misfit.isfinite()
 
     def draws(self, state: State, count: int, seed: int) -> Iterator[Tensor]:
@@ -215,9 +222,10 @@ class GaussNewton:
     def _step(self, state: State, least: Tensor) -> None:
         """One Gauss-Newton step of every problem; where it does not lower the objective, the damping rises instead."""
         self._width = state.z.shape[2]
-        # Where a whole step gained little, this level has nothing more to give: on to a lower one.
-        idle = (state.gain < 0.2) & (state.damping == 0)
-        lower = torch.minimum(torch.where(idle, 0.1 * state.s, state.s), self.settings.shrink * state.misfit)
+        # Where a whole step gained little, or did what a linear model foretold, this level has no more to give: on to a
+        # lower one.
+        over = ((state.gain < 0.2) | (state.trust > _LINEAR)) & (state.damping == 0)
+        lower = torch.minimum(torch.where(over, 0.1 * state.s, state.s), self.settings.shrink * state.misfit)
         state.s = torch.maximum(least, lower)
         before = self.objective(state.misfit, state.z, state.s)
         self.exact.at(self.images(state.z), self.labels)
@@ -234,6 +242,8 @@ class GaussNewton:
             state.residual = {n: torch.where(better[:, None], residual[n], r) for n, r in state.residual.items()}
             state.misfit = torch.where(better, misfit, state.misfit)
             state.gain = torch.where(better, 1 - after / before, state.gain)
+            foretold = 0.5 * (right * move).sum((1, 2)) / before
+            state.trust = torch.where(better, state.gain / foretold, 0.0)
             easier = torch.where(state.damping > 1e-3, state.damping / 5, 0.0)
             harder = (10 * state.damping).clamp(min=0.1)
             state.damping = torch.where(better, easier, torch.where(pending, harder, state.damping))
@@ -263,16 +273,22 @@ class GaussNewton:
         return z, residual, misfit, best
 
     def _solve(self, state: State, right: Tensor) -> Tensor:
-        """Conjugate gradients; with an old preconditioner first, with a new one where that takes too long."""
+        """Conjugate gradients; with an old preconditioner first, with a new one where that takes too long.
+
+        Where the update is nearly linear, few steps are left, and they are worth the whole normal matrix.
+        """
         move = torch.zeros_like(right)
-        for fresh in (False, True):
-            if fresh:
+        linear = bool((state.trust > _LINEAR).any())
+        for attempt in range(3):
+            if attempt == 2 and not (linear and self.preconditioner.widen(self.batch)):
+                break
+            if attempt:
                 self.rough.at(self.images(state.z), self.labels)
                 self.preconditioner.renew(self.rough)
             elif not self.preconditioner.ready:
                 continue
             self.preconditioner.factor(state.s, state.damping)
-            move, done = self._conjugate_gradients(state, right, move, self.settings.patience[fresh])
+            move, done = self._conjugate_gradients(state, right, move, self.settings.patience[attempt > 0])
             if bool(done.all()):
                 break
         return move
