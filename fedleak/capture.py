@@ -176,6 +176,7 @@ class CaptureStore:
             "epochs": training.epochs,
             "optimizer": None if training.optimizer is None else _node(training.optimizer),
             "per_sample": training.per_sample,
+            "proximal": training.proximal,
             "error": o.error,
             "start_file": sent.name,
             "start_sha256": sent.sha256,
@@ -274,6 +275,7 @@ class CaptureStore:
             optimizer,
             self.info.training_mode,
             row["per_sample"],
+            row.get("proximal", 0.0),
         )
 
 

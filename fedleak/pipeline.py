@@ -21,7 +21,7 @@ from fedleak.errors import UsageError
 from fedleak.evaluation.judge import Attacked, Judgement, judge
 from fedleak.facts import describe, facts
 from fedleak.federation.client import make_client_app
-from fedleak.federation.scenario import Scenario, build_scenario, shared_model
+from fedleak.federation.scenario import Scenario, build_scenario, build_strategy, shared_model
 from fedleak.federation.server import RoundRow, make_server_app
 from fedleak.models.check import check_training, hidden_draws
 from fedleak.outcome import Outcome, write_outcome
@@ -51,6 +51,7 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
         log.warning(hidden)
     if attack is not None and attack.adaptive and setup.threat.defense:
         require_imitation(scenario.defense, dict(scenario.model.named_parameters()), scenario.training)
+    build_strategy(scenario)
     setup.tracking.build(Tracker)
     return scenario, attack, setup.engine.build()
 

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     import torch
 
     from fedleak.attacks import Attack
-    from fedleak.training import LocalTraining, Payload
+    from fedleak.training import ClientOptimizer, LocalTraining, Payload
 
 
 @dataclass(frozen=True)
 class Federation:
-    """The `federation` group of the config."""
+    """The `federation` group of the config; its files say what each key is."""
 
     clients: int
     rounds: int
@@ -53,6 +53,33 @@ class Federation:
     training_mode: bool = True
     evaluate_every: int = 1
     capture_every: int = 1
+    epochs: int = 1
+    batches: Literal["fresh", "fixed"] = "fresh"
+    dropout: float = 0.0
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    lr_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))  # a list, where it comes from a file
+
+    def lr_in(self, server_round: int) -> float:
+        """The learning rate of a round, from 1."""
+        return self.lr * self.lr_decay ** (server_round - 1)
+
+    def optimizer_in(self, server_round: int) -> ClientOptimizer:
+        """The clients' optimiser in a round, from 1."""
+        from fedleak.training import SGD, Adam, AdamW
+
+        lr, decay = self.lr_in(server_round), self.weight_decay
+        if self.optimizer in ("adam", "adamw"):
+            kind = Adam if self.optimizer == "adam" else AdamW
+            return kind(lr, self.betas, self.eps, decay)
+        momentum = 0.0 if self.optimizer == "sgd" else self.momentum
+        return SGD(lr, momentum, self.optimizer == "nesterov", decay)
 
     def evaluates(self, server_round: int) -> bool:
         """Whether the test accuracy is measured after this round."""
@@ -115,6 +142,7 @@ class Setup:
     model: Part
     defense: Part
     adversary: Part
+    strategy: Part
     engine: Part
     tracking: Part
     attack: AttackPlan
@@ -131,16 +159,22 @@ class Setup:
 
     @property
     def training(self) -> LocalTraining:
-        """How each client trains, nothing withheld."""
-        from fedleak.training import SGD, LocalTraining
+        """How each client trains in the first round, nothing withheld."""
+        return self.training_in(1)
+
+    def training_in(self, server_round: int) -> LocalTraining:
+        """How each client trains in a round, nothing withheld."""
+        from fedleak.training import LocalTraining
 
         return LocalTraining(
             payload=self.federation.payload,
             batch_size=self.federation.batch_size,
             local_steps=self.federation.local_steps,
-            optimizer=SGD(self.federation.lr),
+            epochs=self.federation.epochs,
+            optimizer=self.federation.optimizer_in(server_round),
             training_mode=self.federation.training_mode,
             per_sample=self.threat.per_sample_gradients,
+            proximal=_proximal(self.strategy.node),
         )
 
     def check_attack(self, attack: Attack) -> None:
@@ -148,10 +182,19 @@ class Setup:
         attack.check(self.threat, self.training)
 
 
+def _proximal(node: Any) -> float:
+    """What a strategy, or one that it wraps, asks of clients as FedProx does."""
+    if not isinstance(node, Mapping):
+        return 0.0
+    return float(node.get("proximal_mu") or _proximal(node.get("strategy")))
+
+
 def _whole_or(word: str) -> Rule:
     one = whole(1)
     return Rule(lambda v: v == word or one.test(v), f"{one.mend}, or {word}")
 
+
+BELOW_ONE = Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0, below 1")
 
 RULES: Mapping[str, Rule] = {
     "seed": whole(0),
@@ -170,6 +213,18 @@ RULES: Mapping[str, Rule] = {
     "federation.training_mode": YES_NO,
     "federation.evaluate_every": whole(1),
     "federation.capture_every": whole(1),
+    "federation.epochs": whole(1),
+    "federation.batches": one_of("fresh", "fixed"),
+    "federation.dropout": BELOW_ONE,
+    "federation.optimizer": one_of("sgd", "momentum", "nesterov", "adam", "adamw"),
+    "federation.momentum": BELOW_ONE,
+    "federation.betas": Rule(
+        lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(BELOW_ONE.test, v)),
+        "two numbers from 0, below 1",
+    ),
+    "federation.eps": POSITIVE,
+    "federation.weight_decay": Rule(lambda v: is_number(v) and 0 <= v < float("inf"), "a number from 0"),
+    "federation.lr_decay": Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
     "attack.name": Rule(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+-]+", v) is not None, "a plain name"),
     "attack.restarts": whole(1),
     "attack.max_evaluations": whole(1),
@@ -207,9 +262,11 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
             if key not in known:
                 raise UsageError(f"{group}.{key}: unknown key; {suggest(key, known)}")
     federation, threat = Federation(**config["federation"]), ThreatModel(**config["threat"])
-    if threat.per_sample_gradients and (federation.payload != "gradient" or federation.local_steps != 1):
+    once = federation.local_steps == federation.epochs == 1
+    if threat.per_sample_gradients and (federation.payload != "gradient" or not once):
         raise UsageError(
-            "threat.per_sample_gradients=true: needs federation.payload=gradient and federation.local_steps=1"
+            "threat.per_sample_gradients=true: needs federation.payload=gradient, federation.local_steps=1 and "
+            "federation.epochs=1"
         )
     if config["auxiliary"] is not None and not threat.auxiliary_data:
         raise UsageError(
@@ -220,7 +277,7 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
     plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients", "adaptive")}
     for key in ("labels", "inversion", "view"):
         plan[key] = None if attack.get(key) is None else Part(f"attack.{key}", attack[key])
-    groups = ("data", "partition", "model", "defense", "adversary", "engine", "tracking")
+    groups = ("data", "partition", "model", "defense", "adversary", "strategy", "engine", "tracking")
     parts: dict[str, Any] = {key: Part(key, config.get(key)) for key in groups}  # type: ignore[arg-type]
     return Setup(
         seed=config["seed"],

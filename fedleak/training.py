@@ -155,6 +155,8 @@ class LocalTraining:
         optimizer: what makes steps of gradients.
         training_mode: whether the model runs in train mode (matters for BatchNorm and dropout).
         per_sample: it sends the gradient of every sample, ``[B, ...]`` (one step, payload ``gradient``).
+        proximal: that times the distance from the received weights is added to the gradient of each step (FedProx, Li
+            2020); the server asks for it, and so knows it.
     """
 
     payload: Payload = "gradient"
@@ -164,6 +166,7 @@ class LocalTraining:
     optimizer: ClientOptimizer | None = None
     training_mode: bool = True
     per_sample: bool = False
+    proximal: float = 0.0
 
     @property
     def lr(self) -> float | None:
@@ -186,6 +189,11 @@ class LocalTraining:
         return None if self.local_steps is None or self.batch_size is None else self.local_steps * self.batch_size
 
     @property
+    def plain(self) -> bool:
+        """Whether new weights are those received less the learning rate times the sum of gradients, as far as known."""
+        return self.optimizer is not None and self.optimizer.plain and (self.proximal == 0 or self.single)
+
+    @property
     def sign(self) -> int:
         """+1 if what is sent points along the gradient, -1 if it is new weights, whose change points against it."""
         return 1 if self.payload == "gradient" else -1
@@ -194,9 +202,9 @@ class LocalTraining:
     def scale(self) -> float | None:
         """What the mean gradient was multiplied with to give the change that was sent.
 
-        None where that is withheld, or where an optimiser other than plain SGD made the new weights.
+        None where that is withheld, or where something else than plain SGD made the new weights.
         """
-        if self.steps is None or (self.payload == "weights" and (self.optimizer is None or not self.optimizer.plain)):
+        if self.steps is None or (self.payload == "weights" and not self.plain):
             return None
         return float(self.steps) if self.payload == "gradient" else self.steps * self.optimizer.lr  # type: ignore[union-attr]
 
@@ -204,7 +212,8 @@ class LocalTraining:
         """The mean gradient over the local steps, in the convention of `torch.autograd`, of what was sent.
 
         Sign and scale are undone. What of the scale is withheld is left in the result as a positive factor: the number
-        of steps, or the learning rate. Of an optimiser other than plain SGD it is minus the change of the weights.
+        of steps, or the learning rate. Where something else than plain SGD made the new weights, it is minus their
+        change.
 
         Args:
             start, sent: the weights that training started from, and the update.
@@ -213,7 +222,7 @@ class LocalTraining:
         if self.payload == "gradient":
             return {name: value / scale for name, value in sent.items()}
         if self.optimizer is not None:
-            scale = scale * self.optimizer.lr if self.optimizer.plain else 1.0
+            scale = scale * self.optimizer.lr if self.plain else 1.0
         return {name: (start[name] - value) / scale for name, value in sent.items()}
 
     def batch(self, values: Tensor, step: int) -> Tensor:
@@ -266,6 +275,9 @@ def unroll(
                 return total
         if optimizer is None:
             raise UsageError("the client's optimiser is withheld; grant it with threat.hyperparameters=true")
+        if training.proximal:
+            pull = training.proximal
+            gradient = {name: g + pull * (weights[name] - start[name]) for name, g in gradient.items()}
         state = optimizer.init(weights) if state is None else state
         state, weights = optimizer.step(state, weights, gradient)
     return weights

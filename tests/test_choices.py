@@ -33,7 +33,7 @@ def test_the_choices_are_those_of_the_contract():
     assert names["defense"] >= {"none", "gaussian", "laplacian", "pruning", "chain"}
 
 
-@pytest.mark.parametrize("path", choices("data", "partition", "model", "defense", "tracking"))
+@pytest.mark.parametrize("path", choices("data", "partition", "model", "defense", "strategy", "tracking"))
 def test_the_first_line_says_what_it_is(path):
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ")

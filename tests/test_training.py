@@ -166,3 +166,44 @@ def test_what_is_not_known_stays_unknown():
     seen = whole.seen_by(ThreatModel(batch_size=False, hyperparameters=False))
     assert seen == LocalTraining("weights", epochs=None)
     assert whole.seen_by(ThreatModel()) == whole
+
+
+def test_a_proximal_term_pulls_each_step_back_to_the_start():
+    training = LocalTraining("weights", 2, 3, optimizer=SGD(0.2, 0.9), proximal=0.7)
+    model, start, images, labels = problem(3)
+    found = unroll(gradients_of(model, images, labels, training), start, training)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(training.batch(images, step)), training.batch(labels, step))
+        far = sum((p - start[name]).square().sum() for name, p in model.named_parameters())
+        (loss + 0.35 * far).backward()
+        optimizer.step()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(found[name], value.detach())
+    assert replace(training, optimizer=SGD(0.2)).scale is None
+    assert replace(training, optimizer=SGD(0.2), local_steps=1).scale == 0.2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (SGD(0.1), lambda p: torch.optim.SGD(p, 0.1)),
+        (SGD(0.1, 0.9), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)),
+        (SGD(0.1, 0.9, True, 0.01), lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.01, nesterov=True)),
+        (Adam(0.01), lambda p: torch.optim.Adam(p, 0.01)),
+        (AdamW(0.01), lambda p: torch.optim.AdamW(p, 0.01)),
+    ],
+    ids=str,
+)
+def test_a_client_trains_as_torch_would_have_it_train(ours, theirs):
+    training = LocalTraining("weights", 2, 3, epochs=2, optimizer=ours)
+    model, start, images, labels = problem(3)
+    found = unroll(gradients_of(model, images, labels, training), start, training)
+    optimizer = theirs(list(model.parameters()))
+    for step in range(6):
+        optimizer.zero_grad()
+        cross_entropy(model(training.batch(images, step)), training.batch(labels, step)).backward()
+        optimizer.step()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(found[name], value.detach(), rtol=1e-9, atol=1e-12)

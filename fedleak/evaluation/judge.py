@@ -78,7 +78,9 @@ def judge(attacked: Attacked, truths: TruthStore, setup: Setup) -> Judgement:
             defense=defense_name(setup.defense),
             batch_size=observation.training.batch_size,
             limit_bits=possible.bits if possible else None,
-            update_residual=update_residual(attacked.knowledge.model, observation, truth, setup.training),
+            update_residual=update_residual(
+                attacked.knowledge.model, observation, truth, setup.training_in(observation.round)
+            ),
         )
         attacks.append(row)
         leakage += images

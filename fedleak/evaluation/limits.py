@@ -76,6 +76,7 @@ def limit_of(
 ) -> Limit:
     """The limit of one update, under what a client's defense and rounding left between it and its true images."""
     training = replace(training, local_steps=truth.local_steps, batch_size=len(truth.labels) // truth.local_steps)
+    training = replace(training, optimizer=observation.training.optimizer or training.optimizer)  # of this round
     gradient = training.mean_gradient(observation.parameters, observation.update)
     target = Target(observation.parameters, observation.start_buffers, gradient, training)
     scale = training.scale or 1.0

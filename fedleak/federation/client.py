@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedleak.defenses.base import leaving
+from fedleak.errors import FedleakError
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
-from fedleak.federation.scenario import Scenario, build_scenario
+from fedleak.federation.scenario import CLIPPING, Scenario, build_scenario
 from fedleak.local_update import local_update
 from fedleak.rounds import is_due
 from fedleak.seeding import generator
@@ -31,18 +33,23 @@ def make_client_app(setup: Setup, truth_dir: Path) -> ClientApp:
         truth_dir: where the client keeps its private batches for the evaluation. It never travels to the server.
     """
     app = ClientApp()
+    clipping = CLIPPING.get(setup.strategy.name)
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
         """Tell the server which partition this node holds."""
         return Message(RecordDict({CLIENT: ConfigRecord({PARTITION: _partition(context)})}), reply_to=message)
 
-    @app.train()
+    @app.train(mods=[] if clipping is None else [clipping])
     def train(message: Message, context: Context) -> Message:
         """One round of local training, defended before anything leaves the client."""
         client = _partition(context)
-        server_round = int(message.content.config_records[CONFIG]["server-round"])  # type: ignore[arg-type]
+        config = message.content.config_records[CONFIG]
+        server_round, proximal = int(config["server-round"]), float(config.get("proximal-mu", 0.0))  # type: ignore[arg-type]
         scenario = build_scenario(setup)
+        if scenario.drops_out(client, server_round):
+            raise FedleakError("dropped out")
+        scenario = replace(scenario, training=replace(scenario.training, proximal=proximal))
         with one_thread():
             content = train_once(
                 scenario, client, server_round, to_tensors(message.content.array_records[ARRAYS]), truth_dir
@@ -64,7 +71,7 @@ def train_once(
     device = scenario.device
     start = {name: received[name].to(device) for name in names}
     random = generator(scenario.seed, "defense", client, server_round)
-    defense, training = scenario.defense, scenario.training
+    defense, training = scenario.defense, scenario.training_in(server_round)
     result = local_update(
         scenario.model.to(device),
         start,
@@ -82,7 +89,7 @@ def train_once(
     if weights:
         # Adding the origin back would round what no defense touched.
         defended = {n: update[n] if torch.equal(v, change[n]) else received[n] + v for n, v in defended.items()}
-    says = ConfigRecord({PARTITION: client, "lr": federation.lr, "local-steps": federation.local_steps})
+    says = ConfigRecord({PARTITION: client, "lr": training.lr or 0.0, "local-steps": federation.local_steps})
     if scenario.threat.labels:
         says["labels"] = sorted(labels.tolist())
     return RecordDict(

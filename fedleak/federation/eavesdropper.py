@@ -200,6 +200,8 @@ class Eavesdropper(Strategy):
         if "lr" in says:
             optimizer = SGD(says["lr"]) if training.optimizer is None else replace(training.optimizer, lr=says["lr"])
             training = replace(training, optimizer=optimizer)
+        if "proximal-mu" in says:
+            training = replace(training, proximal=float(says["proximal-mu"]))
         metrics: Mapping[str, Any] = next(iter(reply.content.metric_records.values()), MetricRecord())
         examples = metrics.get(EXAMPLES)
         # One of our clients counts right; any other app's batch size is what its wrapper says, where it says one.

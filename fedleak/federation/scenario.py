@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from fedleak.condensation.store import load_condensed
@@ -14,6 +16,7 @@ from fedleak.data import ImageData, to_float
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
 from fedleak.federation.adversary import Adversary
+from fedleak.federation.strategy import Repeatable, dropped, sampled
 from fedleak.instantiate import Part
 from fedleak.models import build_model
 from fedleak.seeding import derive_seed, generator
@@ -22,6 +25,11 @@ from fedleak.threat import ThreatModel
 from fedleak.training import LocalTraining
 
 AUXILIARY_IMAGES = 1024
+CLIPPING = {
+    "DifferentialPrivacyClientSideFixedClipping": fixedclipping_mod,
+    "DifferentialPrivacyClientSideAdaptiveClipping": adaptiveclipping_mod,
+}
+"""Strategies that leave a part of the work to their clients, and Flower's name for that part."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,12 @@ class Scenario:
     """A federation ready to start: the same object in the server's process and in every client's.
 
     Attributes:
-        training: how each client trains.
+        training: how each client trains in the first round.
         data: the images.
         parts: a tensor of training-image indices a client.
         model: the shared model with its initial weights.
         adversary: what the server does to it, nothing if it is honest.
+        strategy: how the server makes the next model of the clients' updates; see `build_strategy`.
         auxiliary: what an attacker may be granted: indices into the test images, kept out of the utility's.
         condensed: condensed images and their labels, granted instead of them; None for none.
         utility: indices of the test images that measure utility.
@@ -51,7 +60,18 @@ class Scenario:
     auxiliary: Tensor
     utility: Tensor
     adversary: Adversary
+    strategy: Part
     condensed: tuple[Tensor, Tensor] | None = None
+
+    def training_in(self, server_round: int) -> LocalTraining:
+        """How each client trains in a round."""
+        return replace(self.training, optimizer=self.federation.optimizer_in(server_round))
+
+    def drops_out(self, client: int, server_round: int) -> bool:
+        """Whether a client, sampled for a round, does not answer."""
+        f = self.federation
+        chosen = sampled(self.seed, f.clients, f.fraction, server_round)
+        return client in dropped(self.seed, chosen, f.dropout, server_round)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -72,11 +92,12 @@ class Scenario:
         """What `client` trains on in `server_round`: images ``[T * B, C, H, W]`` in [0, 1] and labels ``[T * B]``.
 
         Batches are drawn without replacement while the client's images last; a client with fewer images than the
-        batch size uses all it has.
+        batch size uses all it has. Fixed batches are the same in every round.
         """
         mine = self.parts[client]
         size = min(self.federation.batch_size, len(mine))
-        random = generator(self.seed, "batch", client, server_round)
+        fixed = self.federation.batches == "fixed"
+        random = generator(self.seed, "batch", client, *([] if fixed else [server_round]))
         drawn: list[Tensor] = []
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(self.federation.local_steps):
@@ -122,6 +143,31 @@ def build_scenario(setup: Setup) -> Scenario:
         utility=order[held_back:].sort().values,
         adversary=setup.adversary.build(Adversary),
         condensed=None if setup.auxiliary is None else _condensed(setup.auxiliary, data),
+        strategy=setup.strategy,
+    )
+
+
+def build_strategy(scenario: Scenario) -> Repeatable:
+    """The server's strategy, made repeatable.
+
+    Raises:
+        UsageError: it cannot be built, or not for this federation.
+    """
+    federation = scenario.federation
+    if federation.payload == "gradient" and scenario.strategy.name in CLIPPING:
+        raise UsageError(
+            f"strategy={scenario.strategy.name}: its clients clip new weights, and here they send gradients; choose "
+            "federation.payload=weights, or strategy=dp_server"
+        )
+    return Repeatable(
+        scenario.strategy.build(Strategy),
+        clients=federation.clients,
+        fraction=federation.fraction,
+        seed=scenario.seed,
+        buffers=scenario.start()[1],
+        per_sample=scenario.threat.per_sample_gradients,
+        adversary=scenario.adversary,
+        step=federation.lr_in if federation.payload == "gradient" else None,
     )
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -18,8 +17,7 @@ from fedleak.capture import Observation
 from fedleak.data import to_float
 from fedleak.federation.eavesdropper import Eavesdropper
 from fedleak.federation.records import to_arrays, to_tensors
-from fedleak.federation.scenario import Scenario
-from fedleak.federation.strategy import FedSGD, RepeatableFedAvg
+from fedleak.federation.scenario import Scenario, build_strategy
 
 ROUND_COLUMNS = ("round", "clients", "train_loss", "test_accuracy", "seconds")
 
@@ -53,15 +51,7 @@ def make_server_app(
     app = ServerApp()
     federation = scenario.federation
     parameters, buffers = scenario.start()
-    common: dict[str, Any] = {
-        "clients": federation.clients,
-        "fraction": federation.fraction,
-        "seed": scenario.seed,
-        "buffers": buffers,
-        "per_sample": scenario.threat.per_sample_gradients,
-        "adversary": scenario.adversary,
-    }
-    inner = FedSGD(lr=federation.lr, **common) if federation.payload == "gradient" else RepeatableFedAvg(**common)
+    inner = build_strategy(scenario)
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:

@@ -1,7 +1,9 @@
+import pytest
 import torch
 
 from fedleak.federation.scenario import build_scenario
 from fedleak.setup import compose
+from fedleak.training import SGD, Adam, AdamW
 
 
 def scenario(*overrides: str):
@@ -50,3 +52,34 @@ def test_the_seed_decides_model_and_partition():
     assert torch.equal(a.model.fc.weight, b.model.fc.weight)
     assert not torch.equal(a.model.fc.weight, c.model.fc.weight)
     assert all(torch.equal(x, y) for x, y in zip(a.parts, b.parts, strict=True))
+
+
+def test_fixed_batches_are_the_same_in_every_round():
+    fixed = scenario("federation.batches=fixed")
+    assert torch.equal(fixed.private_batch(0, 1)[0], fixed.private_batch(0, 7)[0])
+    assert not torch.equal(fixed.private_batch(0, 1)[0], fixed.private_batch(1, 1)[0])
+
+
+def test_the_learning_rate_decays_over_rounds():
+    s = scenario("federation.lr_decay=0.5", "federation.lr=0.2", "federation.optimizer=nesterov")
+    assert s.training_in(3).optimizer == SGD(0.05, 0.9, nesterov=True)
+    assert s.training == s.training_in(1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "optimizer"),
+    [
+        (["sgd"], SGD(0.1)),
+        (["momentum", "federation.momentum=0.5"], SGD(0.1, 0.5)),
+        (["adam", "federation.betas=[0.8,0.9]", "federation.eps=1e-4"], Adam(0.1, (0.8, 0.9), 1e-4)),
+        (["adamw", "federation.weight_decay=0.1"], AdamW(0.1, weight_decay=0.1)),
+    ],
+)
+def test_the_optimiser_is_the_one_that_was_named(overrides, optimizer):
+    assert compose([f"federation.optimizer={overrides[0]}", *overrides[1:]]).training.optimizer == optimizer
+
+
+def test_some_sampled_clients_drop_out():
+    s = scenario("federation.dropout=0.5")
+    assert sum(s.drops_out(client, 1) for client in range(4)) == 2
+    assert not any(scenario().drops_out(client, 1) for client in range(4))

@@ -5,13 +5,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdam, FedAvg
 
 from fedleak.cli import main
+from fedleak.config import choice_files
 from fedleak.defenses import Defense
+from fedleak.errors import UsageError
 from fedleak.federation.engine import LocalGrid
 from fedleak.federation.records import to_arrays, to_tensors
-from fedleak.federation.strategy import FedSGD, RepeatableFedAvg
+from fedleak.federation.scenario import build_scenario, build_strategy
+from fedleak.federation.strategy import Repeatable, dropped, sampled
+from fedleak.setup import compose
 
 RUN = ["run", "federation.rounds=2", "federation.clients=3", "federation.batch_size=1", "attack=labels_only"]
 
@@ -85,13 +90,13 @@ def reply(node: int, update: dict, examples: int) -> Message:
 
 @pytest.mark.parametrize("kind", ["fedavg", "fedsgd"])
 def test_the_aggregate_is_the_exact_weighted_mean_in_any_order_of_arrival(kind):
-    common = {"clients": 3, "fraction": 1.0, "seed": 0}
-    strategy = FedSGD(lr=0.5, **common) if kind == "fedsgd" else RepeatableFedAvg(**common)
+    step = (lambda _: 0.5) if kind == "fedsgd" else None
+    strategy = Repeatable(FedAvg(), clients=3, fraction=1.0, seed=0, step=step)
     strategy.partition_of = {11: 0, 22: 1, 33: 2}
     start = {"w": torch.tensor([1.0, 2.0])}
     updates = {11: torch.tensor([0.1, 0.7]), 22: torch.tensor([0.3, -0.2]), 33: torch.tensor([5.0, 1.0])}
     examples = {11: 1, 22: 2, 33: 5}
-    strategy._sent = to_arrays(start)
+    strategy._sent = start
     results = []
     for order in ([11, 22, 33], [33, 11, 22]):
         arrays, _ = strategy.aggregate_train(1, [reply(n, {"w": updates[n]}, examples[n]) for n in order])
@@ -109,3 +114,88 @@ def test_arrays_survive_the_wire():
     back = to_tensors(arrays)
     assert list(back) == ["b", "a"]
     assert all(torch.equal(back[n], tensors[n]) for n in tensors)
+
+
+STRATEGIES = sorted(choice_files()["strategy"])
+
+
+def test_the_strategies_of_the_contract_are_there():
+    assert set(STRATEGIES) >= {
+        "fedavg",
+        "fedprox",
+        "fedavgm",
+        "fedadam",
+        "fedyogi",
+        "krum",
+        "trimmed_mean",
+        "dp_server",
+    }
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_runs_and_is_repeatable(tmp_path, name):
+    tables = []
+    for run in ("a", "b"):
+        folder = tmp_path / run
+        command = ["run", f"strategy={name}", "federation=fedavg", "federation.rounds=2", "federation.local_steps=2"]
+        assert (
+            main([*command, "federation.batch_size=1", "attack=labels_only", "limit=off", f"output_dir={folder}"]) == 0
+        )
+        tables.append(pd.read_csv(folder / "rounds.csv").drop(columns="seconds"))
+        residual = pd.read_csv(folder / "attacks.csv").update_residual
+        assert (residual < 1e-5).all() or name == "dp_client"  # what clients clip is a defense
+    assert tables[0].equals(tables[1])
+
+
+def test_a_strategy_that_needs_models_gets_them_where_clients_send_gradients():
+    gradients, start = {11: torch.tensor([0.1, 0.7]), 22: torch.tensor([0.3, -0.2])}, torch.tensor([1.0, 2.0])
+    strategy = Repeatable(FedAdam(eta=0.1), clients=2, fraction=1.0, seed=0, step=lambda r: 0.5 / r)
+    strategy.partition_of = {11: 0, 22: 1}
+    messages = [reply(node, {"w": g}, 1) for node, g in gradients.items()]
+    grid = LocalGrid(lambda *_: None, 2)
+    grid.get_node_ids = lambda: [22, 11]
+    sent = list(strategy.configure_train(2, to_arrays({"w": start}), ConfigRecord(), grid))
+    assert [m.metadata.dst_node_id for m in sent] == [11, 22]
+    found = to_tensors(strategy.aggregate_train(2, messages)[0])["w"]
+
+    plain = FedAdam(eta=0.1)
+    list(plain.configure_train(2, to_arrays({"w": start}), ConfigRecord(), grid))
+    wanted = plain.aggregate_train(2, [reply(node, {"w": start - 0.25 * g}, 1) for node, g in gradients.items()])[0]
+    torch.testing.assert_close(found, to_tensors(wanted)["w"].float())
+
+
+def test_buffers_are_averaged_whatever_the_strategy_does():
+    strategy = Repeatable(FedAdam(eta=0.1), clients=2, fraction=1.0, seed=0, buffers=["running_var"])
+    strategy.partition_of = {11: 0, 22: 1}
+    grid = LocalGrid(lambda *_: None, 2)
+    grid.get_node_ids = lambda: [11, 22]
+    start = {"w": torch.tensor([1.0]), "running_var": torch.tensor([1.0])}
+    sent = list(strategy.configure_train(1, to_arrays(start), ConfigRecord(), grid))
+    assert set(to_tensors(sent[0].content["arrays"])) == set(start)
+    replies = [
+        reply(n, {"w": torch.zeros(1), "running_var": torch.tensor([v])}, c) for n, v, c in ((11, 1.0, 3), (22, 5.0, 1))
+    ]
+    assert float(to_tensors(strategy.aggregate_train(1, replies)[0])["running_var"]) == pytest.approx(2.0)
+
+
+def test_who_takes_part_and_who_drops_out_is_decided_by_the_seed():
+    assert sampled(0, 10, 0.3, 1) == sampled(0, 10, 0.3, 1) != sampled(0, 10, 0.3, 2)
+    assert len(sampled(0, 10, 0.01, 1)) == 1
+    for dropout, count in ((0.0, 0), (0.5, 2), (0.99, 3)):
+        gone = dropped(0, [1, 4, 5, 9], dropout, 1)
+        assert len(gone) == count
+        assert gone <= {1, 4, 5, 9}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["strategy=dp_client", "federation=fedsgd"], "choose federation.payload=weights"),
+        (["strategy=dp_server", "federation.fraction=0.5"], r"num_sampled_clients=4: .* make it 2"),
+        (["strategy=fedavg", "+strategy.fraction_train=0.5"], "give federation.fraction instead"),
+        (["strategy._target_=fedleak.training.SGD", "+strategy.lr=1"], "gives no Strategy"),
+    ],
+)
+def test_a_strategy_that_does_not_fit_is_refused(overrides, message):
+    with pytest.raises(UsageError, match=message):
+        build_strategy(build_scenario(compose(overrides)))
