@@ -132,13 +132,13 @@ class Repeatable(Strategy):
                 carried = next(iter(message.content.array_records.values()))
                 own = next(iter(message.content.config_records.values()), config)
                 whole = {**self._sent, **to_tensors(carried)}
-                record = {ARRAYS: arrays if carried is known else to_arrays(whole), CONFIG: own}
-                shared[id(message.content)] = (RecordDict(record), whole)
+                state_sent = arrays if carried is known else to_arrays(whole)
+                shared[id(message.content)] = RecordDict({ARRAYS: state_sent, CONFIG: own}), whole
             record, state = shared[id(message.content)]
             node = message.metadata.dst_node_id
             altered = self.adversary.send(server_round, self.partition_of[node], state)
             if altered is not state:
-                record = RecordDict({ARRAYS: to_arrays(altered), CONFIG: record[CONFIG]})
+                record = RecordDict({ARRAYS: to_arrays(altered), CONFIG: record.config_records[CONFIG]})
             sent.append(Message(record, dst_node_id=node, message_type=MessageType.TRAIN))
         return sent
 
@@ -160,12 +160,10 @@ class Repeatable(Strategy):
         updates = [to_tensors(reply.content.array_records[ARRAYS]) for reply in usable]
         if self.per_sample:
             updates = [{n: v if n in self.buffers else v.mean(0) for n, v in u.items()} for u in updates]
-        rate, parameters = None if self.step is None else self.step(server_round), self._parameters(self._sent)
-        later = rate is not None and type(self.strategy) is FedAvg
-        asked = [
-            {n: p - rate * u[n] if rate is not None and not later else u[n] for n, p in parameters.items()}
-            for u in updates
-        ]
+        rate, parameters = 0.0 if self.step is None else self.step(server_round), self._parameters(self._sent)
+        later = self.step is not None and type(self.strategy) is FedAvg
+        models = self.step is not None and not later
+        asked = [{n: p - rate * u[n] if models else u[n] for n, p in parameters.items()} for u in updates]
         with self._seeded("aggregate", server_round):
             contents = [_with(reply, update) for reply, update in zip(usable, asked, strict=True)]
             arrays, metrics = self.strategy.aggregate_train(server_round, contents)
