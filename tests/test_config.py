@@ -91,7 +91,6 @@ def test_what_cannot_be_composed_is_one_clear_line(override, message):
         "federation.batches=stale",
         "federation.optimizer=rmsprop",
         "federation.momentum=1",
-        "federation.betas=[0.9]",
         "federation.betas=0.9",
         "federation.eps=0",
         "federation.weight_decay=-1",
