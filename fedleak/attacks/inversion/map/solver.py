@@ -23,7 +23,6 @@ from fedleak.attacks.inversion.map.preconditioner import Preconditioner
 from fedleak.attacks.jacobian.base import UpdateModel
 from fedleak.seeding import plain_generator
 
-
 _LINEAR = 0.9
 """From this share of the foretold fall on, an update is nearly linear."""
 
