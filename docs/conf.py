@@ -14,7 +14,6 @@ html_title = f"fedleak {version}"
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
-suppress_warnings = ["toc.empty_glob"]
 nb_execution_mode = "off"  # tests/docs run the notebooks; the site shows what they gave
 
 autodoc_member_order = "bysource"

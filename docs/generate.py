@@ -109,7 +109,7 @@ def arguments(target: str) -> dict[str, str]:
 
 
 def sections(text: str) -> Iterator[tuple[list[str], str]]:
-    """The entries of a docstring's ``Args:`` and ``Attributes:``, names and meaning, continued lines joined."""
+    """What a docstring says of arguments, names and meaning: ``Args:`` and ``Attributes:``, or numpy's ``Parameters``."""
     inside, entry = False, ""
     for line in [*text.splitlines(), ""]:
         if re.match(r"^(Args|Attributes)\b.*:$", line):
@@ -125,6 +125,9 @@ def sections(text: str) -> Iterator[tuple[list[str], str]]:
         elif inside:
             inside = False
     yield from _entry(entry)
+    _, _, numpys = text.partition("Parameters\n----------\n")
+    for found in re.finditer(r"^(\w+) ?: .*\n((?:    .*\n?)+)", numpys, re.M):
+        yield [found[1]], " ".join(found[2].split())
 
 
 def _entry(entry: str) -> Iterator[tuple[list[str], str]]:
@@ -218,7 +221,7 @@ def _values(values: list[tuple[str, str]], choices: int) -> str:
 
 def _cell(text: str) -> str:
     """Text that does not break a table, without a full stop; what is long is cut."""
-    text = text.rstrip(".") if len(text) <= 300 else text[:299] + "…"
+    text = " ".join(text.split()).rstrip(".") if len(text) <= 300 else text[:299] + "…"
     return text.replace("|", "\\|")
 
 

@@ -19,7 +19,9 @@ NOTEBOOKS = [path.stem for path in sorted((DOCS / "notebooks").glob("*.ipynb"))]
 LONG = {"tutorial", "condensation", "your_own_defense"}
 FRAGMENTS = {"audit"}
 """Pages whose Python belongs into a user's own app: it is read, the apps of ``tests/apps`` hold it and are run."""
-FENCE = re.compile(r"^```(?P<kind>\{code-block\} \w+|\w+)\n(?P<body>.*?)^```$|^ {4}(?P<line>fedleak [^\n]*)$", re.M | re.S)
+FENCE = re.compile(
+    r"^```(?P<kind>\{code-block\} \w+|\w+)\n(?P<body>.*?)^```$|^ {4}(?P<line>fedleak [^\n]*)$", re.M | re.S
+)
 
 SHORT = ["attack.max_evaluations=3", "attack.restarts=1"]
 SMALL = {
