@@ -109,7 +109,7 @@ def arguments(target: str) -> dict[str, str]:
 
 
 def sections(text: str) -> Iterator[tuple[list[str], str]]:
-    """What a docstring says of arguments, names and meaning: ``Args:`` and ``Attributes:``, or numpy's ``Parameters``."""
+    """What a docstring says of arguments, names and meaning: ``Args:``, ``Attributes:``, or numpy's ``Parameters``."""
     inside, entry = False, ""
     for line in [*text.splitlines(), ""]:
         if re.match(r"^(Args|Attributes)\b.*:$", line):
