@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.ilrg import ILRG
 from fedleak.attacks.labels.last_layer import find_last_layer
 from fedleak.attacks.labels.llg import LLG
-from fedleak.attacks.labels.local_steps import local_step_counts
+from fedleak.attacks.labels.local_steps import as_plain, local_step_counts
 from fedleak.attacks.labels.posterior import Posterior, domain_images, inputs, label_posterior
 from fedleak.attacks.labels.probe import auxiliary_images, probe
 from fedleak.attacks.labels.reader import read_shares
@@ -22,7 +23,7 @@ from fedleak.attacks.labels.version1 import version1
 from fedleak.attacks.row_space import Found, imagined_atoms, project_features, row_space, search
 from fedleak.capture import Observation
 from fedleak.threads import one_thread
-from fedleak.training import LocalTraining
+from fedleak.training import SGD, LocalTraining
 
 
 class Fedleak(LabelInference):
@@ -87,7 +88,8 @@ class Fedleak(LabelInference):
         size = max(1, 2**26 // (layer.classes * layer.features))
         for start in range(0, len(usable), size):
             chunk = usable[start : start + size]
-            evidence = collect([observations[index] for index in chunk], layer)
+            seen = [observations[index] for index in chunk]
+            evidence = replace(collect([as_plain(o) for o in seen], layer), observations=seen)
             with one_thread():  # the search takes thousands of tiny steps
                 found = self._guess(evidence, knowledge, candidates, run)
             for index, guess in zip(chunk, found, strict=True):
@@ -97,7 +99,7 @@ class Fedleak(LabelInference):
     def _guess(self, evidence: Evidence, knowledge: Knowledge, candidates: int, run: Run) -> list[LabelGuess]:
         """The guess of each of N updates, by whichever way fits it."""
         single = evidence.totals == 1
-        blind = torch.tensor([observation.scale is None for observation in evidence.observations]) & ~single
+        blind = torch.tensor([as_plain(o).scale is None for o in evidence.observations]) & ~single
         guesses: dict[int, LabelGuess] = {}
         for where, how in ((single, _one_label), (blind, _without_scale)):
             places = where.nonzero()[:, 0].tolist()
@@ -117,7 +119,7 @@ class Fedleak(LabelInference):
         self, evidence: Evidence, posterior: Posterior, done: set[int], knowledge: Knowledge, seed: int
     ) -> Posterior:
         """Read again, at greater cost, what simulation is unsure of and the search has not found."""
-        once = [observation.training.single for observation in evidence.observations]
+        once = [not _simulated(observation.training) for observation in evidence.observations]
         places = [n for n, spread in enumerate(posterior.spread.tolist()) if spread > self.doubt and once[n]]
         places = [n for n in places if n not in done]
         if not places or evidence.layer.classes > 20:
@@ -134,7 +136,7 @@ class Fedleak(LabelInference):
         gap = (posterior.counts.expected - posterior.counts.counts).abs().amax(dim=1)
         unsure = (0.5 - gap) < 6 * posterior.spread
         small = (evidence.totals <= min(most, layer.features, self.largest)) & unsure
-        once = torch.tensor([observation.training.single for observation in evidence.observations])
+        once = torch.tensor([not _simulated(observation.training) for observation in evidence.observations])
         believed: dict[int, Found] = {}
         for size in evidence.totals[small & once].unique().tolist():
             places = (small & once & (evidence.totals == size)).nonzero()[:, 0].tolist()
@@ -217,6 +219,7 @@ def _posterior(evidence: Evidence, knowledge: Knowledge, run: Run) -> Posterior:
         images, pool = inputs(knowledge, run.seed, per_class=80)
         places = several.nonzero()[:, 0].tolist()
         some = _part(evidence, places)
+        some = replace(some, observations=[as_plain(o) for o in some.observations])
         others = [method.count(some, knowledge, run).counts for method in (LLG(), Bias(), ILRG())]
         rough = torch.stack([_without_scale(some).counts, *others], dim=1) / some.totals[:, None, None]
         for place, n in enumerate(places):
@@ -236,17 +239,20 @@ def _posterior(evidence: Evidence, knowledge: Knowledge, run: Run) -> Posterior:
 
 
 def _simulated(training: LocalTraining) -> bool:
-    """Whether `local_step_counts` can follow the client: several steps of plain SGD, its learning rate known."""
-    return not training.single and training.optimizer is not None and training.optimizer.plain
+    """Whether `local_step_counts` has to follow the client, and can: more than one known step along one gradient."""
+    optimizer = training.optimizer
+    along = isinstance(optimizer, SGD) and not optimizer.weight_decay
+    return optimizer is not None and not (training.single and along)
 
 
 def _rounding(observation: Observation, name: str) -> float:
     """Standard deviation of a gradient's entry that was recovered from the difference of two rounded weights."""
-    if observation.training.payload == "gradient" or not observation.scale:
+    scale = as_plain(observation).scale
+    if observation.training.payload == "gradient" or not scale:
         return 0.0
     weights = observation.parameters[name]
     step = torch.finfo(weights.dtype).eps / 4
-    return float(step * weights.double().square().mean().sqrt() / observation.scale)
+    return float(step * weights.double().square().mean().sqrt() / scale)
 
 
 def _merge(found: Found, guess: LabelGuess, candidates: int, classes: int) -> LabelGuess:

@@ -10,6 +10,7 @@ gets wrong.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +25,24 @@ from fedleak.attacks.labels.probe import probe
 from fedleak.capture import Observation
 from fedleak.local_update import local_update
 from fedleak.seeding import global_draws, plain_generator
-from fedleak.training import LocalTraining, Tensors, unroll
+from fedleak.training import SGD, LocalTraining, Tensors, unroll
 
 _CHUNK = 2**23
 """Numbers that a chunk of cheap simulations may hold."""
+
+
+def as_plain(observation: Observation) -> Observation:
+    """The observation as if plain SGD had made it: as far as the client's own optimiser takes a gradient of ones.
+
+    So `LocalTraining.mean_gradient` gives about the mean gradient of momentum and weight decay too; exactly where the
+    gradients of all steps are equal. An observation of plain SGD, or of an unknown optimiser, is returned as it is.
+    """
+    training = observation.training
+    if training.optimizer is None or training.optimizer.plain or training.steps is None:
+        return observation
+    one = {"": torch.ones((), dtype=torch.float64)}
+    reached = unroll(lambda step, weights: one, {"": torch.zeros_like(one[""])}, replace(training, payload="weights"))
+    return replace(observation, training=replace(training, optimizer=SGD(-float(reached[""]) / training.steps)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Path:
 
         Args:
             moments: ``[J, C, q]``, mean gradients of the last layer.
-            reach: learning rate × local steps.
+            reach: learning rate × local steps, of plain SGD that goes as far.
         """
         bias = self.bias(moments)
         about = (moments - bias[..., None] * self.centre) @ self.white
@@ -91,8 +106,8 @@ def local_step_counts(
     """Real-valued counts ``[C]`` of an update of several local steps, and their root mean square error.
 
     Args:
-        observation: the update; its learning rate is known.
-        weight, bias: ``[C, d]`` and ``[C]``, the last layer's mean gradient over the steps.
+        observation: the update; how its client trained is known.
+        weight, bias: ``[C, d]`` and ``[C]``, the last layer's mean gradient over the steps, see `as_plain`.
         layer: the last layer.
         knowledge: what the attacker holds.
         images: ``[M, C, H, W]`` to simulate clients with, see `fedleak.attacks.labels.posterior.inputs`.
@@ -103,15 +118,13 @@ def local_step_counts(
         clients: cheap simulations of each of the two regressions.
         in_full: whole simulations of the last, fewer for large models.
     """
-    training = observation.training
-    steps, lr, total, classes = training.steps, training.lr, training.samples, layer.classes
-    assert steps is not None
-    assert lr is not None
+    training, total, classes = observation.training, observation.training.samples, layer.classes
+    reach = _reach(observation)
     assert total is not None
     path = _path(observation, layer, knowledge, images, max(2, min(30, 600 // classes - 1)))
     size = sum(value.numel() for value in observation.parameters.values())
     in_full = max(4, min(in_full, int(in_full * 1e5 / size), int(in_full * 4e3 / total)))
-    seen = path.readings(path.moments(weight, bias)[None], lr * steps)
+    seen = path.readings(path.moments(weight, bias)[None], reach)
     generator = plain_generator(seed)
     share = error = torch.ones(())
     base = torch.zeros(classes, dtype=torch.int64)
@@ -119,17 +132,17 @@ def local_step_counts(
         values, shares, half = [], [], []
         for place, (index, part) in enumerate(pool.halves()):
             if last:
-                drawn = near(base, total * error, clients // 2, seed + place)
+                drawn = near(base, total * error, clients // 2, seed + place, skewed=True)
             else:
                 drawn = skewed_labels(classes, clients // 2, total, seed + place)
             drawn = drawn.gather(1, torch.rand(drawn.shape, generator=generator).argsort(dim=1))
             pick = index[part.draw(drawn, generator)]
-            moments = _cheap(path, pick, drawn, _sending_gradients(training))
+            moments = _cheap(path, pick, drawn, observation)
             few = slice(0, (in_full if last else max(4, in_full // 4)) // 2)
             off = _full(observation, layer, knowledge, path, images, pick[few], drawn[few], seed) - moments[few]
             noise = torch.randn(len(drawn), len(off), generator=generator, dtype=torch.float64) / len(off) ** 0.5
             moments = moments + off.mean(dim=0) + torch.einsum("jn,ncq->jcq", noise, off - off.mean(dim=0))
-            values.append(path.readings(moments, lr * steps))
+            values.append(path.readings(moments, reach))
             shares.append(one_hot(drawn, classes).double().mean(dim=1))
             half.append(torch.full((len(drawn),), place))
         found = regress(torch.cat(values), torch.cat(shares), torch.cat(half), seen)
@@ -143,7 +156,7 @@ def local_step_counts(
 def _path(observation: Observation, layer: LastLayer, knowledge: Knowledge, images: Tensor, components: int) -> Path:
     """The features of `images` at both ends of a client's path, in the directions that matter."""
     start, training = observation.parameters, observation.training
-    steps, lr, end = training.steps, training.lr, observation.update
+    steps, lr, end = training.steps, as_plain(observation).training.lr, observation.update
     assert steps is not None
     assert lr is not None
     if training.payload == "gradient":
@@ -183,10 +196,7 @@ def _likeliest(
 ) -> int:
     """Which of the counts ``[K, C]`` gives the readings `seen` ``[1, F]``, by `clients` whole simulations of each."""
     generator = plain_generator(seed)
-    training = observation.training
-    assert training.lr is not None
-    assert training.steps is not None
-    reach = training.lr * training.steps
+    reach = _reach(observation)
     means, within = [], []
     for counts in guesses:
         drawn = torch.arange(len(counts)).repeat_interleave(counts).expand(clients, -1)
@@ -200,14 +210,15 @@ def _likeliest(
     return int(misfit.mean(dim=1).argmin())
 
 
-def _cheap(path: Path, pick: Tensor, labels: Tensor, training: LocalTraining) -> Tensor:
+def _cheap(path: Path, pick: Tensor, labels: Tensor, observation: Observation) -> Tensor:
     """Mean gradients ``[J, C, q]`` of the last layer over the local steps of J clients, the body not being trained.
 
     Args:
         path: where the features come from.
         pick, labels: ``[J, T · B]``, inputs and labels, local step by local step.
-        training: how the clients train, by plain SGD; they send gradients.
+        observation: how the clients train.
     """
+    training = _followed(observation.training)
     assert training.steps is not None
     assert training.local_steps is not None
     classes, width = path.head.shape
@@ -225,12 +236,30 @@ def _cheap(path: Path, pick: Tensor, labels: Tensor, training: LocalTraining) ->
             return {"head": error.transpose(1, 2) @ features / batch}
 
         head = path.head.float().expand(len(inputs), -1, -1)
-        found.append(unroll(gradient_at, {"head": head}, training)["head"].double() / training.steps)
+        found.append(_mean(observation, {"head": head}, unroll(gradient_at, {"head": head}, training))["head"])
     return torch.cat(found)
 
 
-def _sending_gradients(training: LocalTraining) -> LocalTraining:
-    return replace(training, payload="gradient")
+def _reach(observation: Observation) -> float:
+    """Learning rate × local steps of plain SGD that goes as far as the client did."""
+    training = as_plain(observation).training
+    assert training.lr is not None
+    assert training.steps is not None
+    return training.lr * training.steps
+
+
+def _followed(training: LocalTraining) -> LocalTraining:
+    """How to simulate the client: gradients add up without the rounding of weights, where that is all there is to it."""
+    plain = training.optimizer is not None and training.optimizer.plain
+    return replace(training, payload="gradient" if plain else "weights")
+
+
+def _mean(observation: Observation, start: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Tensors:
+    """The mean gradient of what a client simulated by `_followed` sent, as `as_plain` makes it of the observation."""
+    training = replace(as_plain(observation).training, payload=_followed(observation.training).payload)
+    return training.mean_gradient(
+        {name: value.double() for name, value in start.items()}, {name: sent[name].double() for name in start}
+    )
 
 
 def _full(
@@ -244,8 +273,8 @@ def _full(
     seed: int,
 ) -> Tensor:
     """What `_cheap` returns, by training the whole model as the client did."""
-    training = _sending_gradients(observation.training)
-    assert training.steps is not None
+    training = _followed(observation.training)
+    head = {name: observation.parameters[name] for name in (layer.weight, layer.bias) if name}
     dtype = observation.parameters[layer.weight].dtype
     found = []
     with global_draws(seed):  # dropout draws from torch's global state
@@ -258,6 +287,6 @@ def _full(
                 names,
                 training,
             ).update
-            bias = update[layer.bias] if layer.bias else None
-            found.append(path.moments(update[layer.weight], bias) / training.steps)
+            mean = _mean(observation, head, update)
+            found.append(path.moments(mean[layer.weight], mean[layer.bias] if layer.bias else None))
     return torch.stack(found)

@@ -244,13 +244,19 @@ def skewed_labels(classes: int, count: int, size: int, seed: int) -> Tensor:
     return torch.searchsorted(torch.from_numpy(steps), uniform).clamp(max=classes - 1)
 
 
-def near(counts: Tensor, spread: Tensor, batches: int, seed: int) -> Tensor:
-    """``[J, B]`` labels of batches that have `counts` ``[C]`` but for some random changes, about `spread` a class."""
+def near(counts: Tensor, spread: Tensor, batches: int, seed: int, *, skewed: bool = False) -> Tensor:
+    """``[J, B]`` labels of batches that have `counts` ``[C]`` but for some random changes, about `spread` a class.
+
+    A label changes to any class alike or, if `skewed`, to one as common as it is in `counts`.
+    """
     generator = plain_generator(seed)
     classes, total = len(counts), int(counts.sum())
     labels = torch.arange(classes).repeat_interleave(counts).expand(batches, -1)
     share = (4 * classes * float(spread) ** 2 + 2) / total
     change = torch.rand(batches, total, generator=generator) < share * torch.rand(batches, 1, generator=generator)
+    if skewed:
+        new = torch.multinomial((counts + 0.5) / total, batches * total, replacement=True, generator=generator)
+        return torch.where(change, new.view(batches, total), labels)
     return torch.where(change, torch.randint(classes, (batches, total), generator=generator), labels)
 
 
