@@ -118,7 +118,7 @@ def local_step_counts(
         clients: cheap simulations of each of the two regressions.
         in_full: whole simulations of the last, fewer for large models.
     """
-    training, total, classes = observation.training, observation.training.samples, layer.classes
+    total, classes = observation.training.samples, layer.classes
     reach = _reach(observation)
     assert total is not None
     path = _path(observation, layer, knowledge, images, max(2, min(30, 600 // classes - 1)))
@@ -249,7 +249,7 @@ def _reach(observation: Observation) -> float:
 
 
 def _followed(training: LocalTraining) -> LocalTraining:
-    """How to simulate the client: gradients add up without the rounding of weights, where that is all there is to it."""
+    """How to simulate the client: gradients add up without the rounding of weights, if that is all."""
     plain = training.optimizer is not None and training.optimizer.plain
     return replace(training, payload="gradient" if plain else "weights")
 
