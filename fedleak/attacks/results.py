@@ -16,6 +16,7 @@ class StopReason(StrEnum):
     DIVERGED = "diverged"
     STALLED = "stalled"
     BUDGET = "budget"
+    NO_SIGNAL = "no_signal"  # noise, and nothing that an image explains: what comes back is the prior's mean
     LABELS_ONLY = "labels_only"
 
 

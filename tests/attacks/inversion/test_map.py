@@ -1,5 +1,7 @@
 """Maximum a posteriori inversion: it finds the images, says whether it did, and how wrong it expects to be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -7,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from fedleak.attacks.base import Knowledge, LabelGuess, Run
 from fedleak.attacks.image_prior import natural_prior
 from fedleak.attacks.inversion import MAP
+from fedleak.attacks.inversion.map import attack as map_attack
 from fedleak.attacks.results import Reconstruction
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
@@ -59,6 +62,7 @@ def test_through_noise_the_error_is_the_one_it_expects():
     ratios, worst = [], 0.0
     for found, (_, _, truth) in zip(attack(victims), victims, strict=True):
         assert found.converged  # the noise was not granted, and is seen in the update
+        assert found.details["noise_std"] == pytest.approx(0.05, rel=0.15)
         ratios.append(float(error(found, truth)) / found.details["expected_mse"][0])
         worst = max(worst, float(error(found, truth)))
     assert 0.4 < sorted(ratios)[4] < 2.5
@@ -88,12 +92,38 @@ def test_an_update_of_noise_gives_nothing_and_says_so():
         for name, value in observation.update.items()
     }
     found = attack([(Observation(1, 7, observation.parameters, noise, observation.training), guess, truth)])[0]
-    assert not found.converged or found.details["expected_mse"][0] > 0.01
+    assert found.stop_reason == "no_signal"
+    torch.testing.assert_close(found.images, torch.full_like(found.images, 0.5))  # the prior's mean
+    assert found.details["expected_mse"][0] == pytest.approx(float(natural_prior(SHAPE).variance.mean()), rel=1e-3)
+
+
+def test_what_is_pruned_away_counts_as_unknown_in_the_error_it_expects():
+    observation, guess, truth = victim(0)
+    kept = {n: v * (v.abs() >= v.abs().flatten().quantile(0.99)) for n, v in observation.update.items()}
+    found = attack([(replace(observation, update=kept), guess, truth)], restarts=1)[0]
+    assert 1e-4 < found.details["expected_mse"][0] < 0.09
+    assert 0.05 < float(error(found, truth)) / found.details["expected_mse"][0] < 20
+
+
+def test_when_time_is_short_every_update_has_an_answer_from_its_leading_coordinates(monkeypatch):
+    monkeypatch.setattr(map_attack, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(map_attack, "_QUICK", 100)
+    monkeypatch.setattr(map_attack, "_usable", lambda *_: None)  # no peeled images to start from
+    victims = [victim(2, batch=2), victim(3, batch=2)]
+    for found, (_, _, truth) in zip(attack(victims, seconds=1e-6), victims, strict=True):
+        assert found.stop_reason == "budget"
+        assert found.evaluations > 0
+        assert float(error(found, truth).max()) < 0.2
+    for found, (_, _, truth) in zip(attack(victims, seconds=600), victims, strict=True):
+        assert found.converged
+        assert float(error(found, truth).max()) < 1e-8
 
 
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(UsageError, match=r"inversion\.restarts=0"):
         MAP(restarts=0)
+    with pytest.raises(UsageError, match=r"inversion\.seconds=0"):
+        MAP(seconds=0)
     with pytest.raises(UsageError, match=r"inversion\.prior=best"):
         MAP(prior="best")
     with pytest.raises(UsageError, match="needs labels"):

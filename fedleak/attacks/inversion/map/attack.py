@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
-from fedleak.attacks.chain.base import Rows
 from fedleak.attacks.image_prior import ImagePrior, natural_prior, prior_of_images
 from fedleak.attacks.inversion.map.solver import GaussNewton, Settings, State
+from fedleak.attacks.inversion.map.verdict import calibrated, drowned, expected, noise_level, reason_of
 from fedleak.attacks.inversion.peeling.peeling import closed_form
 from fedleak.attacks.jacobian.models import update_model
 from fedleak.attacks.noise import Noise, noise_of
@@ -25,17 +24,16 @@ from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.seeding import generator
 
-_EXPLAINED = 3.0
-"""The misfit up to which the images explain the update: 1 is what noise alone leaves."""
-_LARGE = 200
-"""Elements from which a tensor's residual tells the size of its own noise."""
-_DRAWS = 6
 _NEAR = 1e-3
 """Relative square of the gap up to which peeled images are worth starting from."""
 _TEMPER = 1.5
 """Of the prior on the way: detail that is free too early leads into dead ends."""
-_TOGETHER = 2**30
-"""Bytes of derivatives in float32 that are held at once."""
+_TOGETHER = 2**28
+"""Bytes of derivatives in float32 that are held at once; more problems together are no faster on a CPU."""
+_LEAST_SECONDS = 45.0
+"""Of a call, whatever an update may take."""
+_QUICK = 2000
+"""Unknowns from which, when time is short, every update is sought coarsely before one is sought to the end."""
 
 
 class MAP(Inversion):
@@ -54,18 +52,32 @@ class MAP(Inversion):
         max_steps: Gauss-Newton steps of a start.
         candidates: label multisets of a guess to try.
         prior: ``auto`` takes auxiliary images where they are granted, ``natural`` a spectrum of natural images.
+        seconds: how long an update may take, about, on average of a call, which may take 45 seconds in any case; None
+            for as long as it needs. When time is short every update is sought coarsely, then the most promising to the
+            end.
 
     References:
         Bakushinskii 1992 (iteratively regularised Gauss-Newton); Tarantola 2005 (linearised posteriors).
     """
 
-    def __init__(self, *, restarts: int = 4, max_steps: int = 40, candidates: int = 1, prior: str = "auto") -> None:
+    def __init__(
+        self,
+        *,
+        restarts: int = 4,
+        max_steps: int = 40,
+        candidates: int = 1,
+        prior: str = "auto",
+        seconds: float | None = None,
+    ) -> None:
         for name, value in (("restarts", restarts), ("max_steps", max_steps), ("candidates", candidates)):
             if value < 1:
                 raise UsageError(f"inversion.{name}={value}: must be at least 1")
         if prior not in ("auto", "natural"):
             raise UsageError(f"inversion.prior={prior}: choose one of auto, natural")
+        if seconds is not None and not seconds > 0:
+            raise UsageError(f"inversion.seconds={seconds}: must be above 0, or null for as long as it takes")
         self.restarts = restarts
+        self.seconds = seconds
         self.candidates = candidates
         self.prior = prior
         self.settings = Settings(max_steps=max_steps)
@@ -102,7 +114,10 @@ class MAP(Inversion):
         firsts = closed_form(observations, guesses, knowledge, run.device)
         problems = [replace(p, start=_usable(p, firsts[p.index], knowledge)) for p in problems]
         work = _Work(self, knowledge, prior, run, len(problems))
-        for group in _groups(problems, prior, knowledge):
+        groups = _groups(problems, prior, knowledge)
+        if work.seconds is not None:
+            groups = work.survey(groups)
+        for group in groups:
             for problem, solution in zip(group, work.solve(group), strict=True):
                 solutions[problem.index][problem.key[2]] = solution
                 if len(solutions[problem.index]) == wanted[problem.index]:
@@ -126,6 +141,18 @@ _PRIORS: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ImagePrior]] = {}
 """The last prior that was made, and the images it was made of (kept, so that their address stays theirs)."""
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """What P problems of one start came to; see `_Solution`."""
+
+    images: Tensor
+    expected: Tensor
+    reasons: list[StopReason]
+    misfit: Tensor
+    noise: Tensor
+    evaluations: Tensor
+
+
 @dataclass
 class _Solution:
     """The best that was found for one problem."""
@@ -136,6 +163,7 @@ class _Solution:
     reason: StopReason = StopReason.DIVERGED
     expected: Tensor | None = None
     noise: float = float("nan")
+    left: float = 1.0
     evaluations: int = 0
     seconds: float = 0.0
     starts: int = 0
@@ -152,30 +180,51 @@ class _Work:
         self.attack, self.knowledge, self.prior, self.run, self.count = attack, knowledge, prior, run, count
         self.began = time.perf_counter()
         self.done: list[_Solution] = []
+        self.coarse: dict[tuple[int, int, int], _Solution] = {}
         self.evaluations = 0
+        own = None if attack.seconds is None else max(_LEAST_SECONDS, count * attack.seconds)
+        self.seconds = min((v for v in (own, run.seconds) if v is not None), default=None)
 
     def late(self) -> bool:
         """Whether the time is over."""
-        return self.run.seconds is not None and time.perf_counter() - self.began > self.run.seconds
+        return self.seconds is not None and time.perf_counter() - self.began > self.seconds
+
+    def survey(self, groups: list[list[Problem]]) -> list[list[Problem]]:
+        """Seek the leading coordinates of large problems, to start from them; the most promising problems first."""
+        promise: list[tuple[float, list[Problem]]] = []
+        stages = self.attack.settings.stages
+        for group in groups:
+            size = self.prior.root.shape[0]
+            small = group[0].samples * size < _QUICK or size <= min(stages)
+            if small or group[0].start is not None or not _finite(group[0]):
+                promise.append((0.0, group))
+                continue
+            noises = [noise_of(problem.targets[0], problem.samples) for problem in group]
+            found = self._start(group, noises, 0, last=min(stages))
+            self.coarse |= {problem.key: solution for problem, solution in zip(group, found, strict=True)}
+            started = [replace(p, start=s.images) for p, s in zip(group, found, strict=True)]
+            promise.append((min(solution.left for solution in found), started))
+        return [group for _, group in sorted(promise, key=lambda pair: pair[0])]
 
     def solve(self, problems: list[Problem]) -> list[_Solution]:
         """Solutions of problems of equal size, each after as many starts as it takes."""
         shape = (problems[0].samples, *self.knowledge.image_shape)
-        best = [_Solution(torch.full(shape, 0.5), _labels(problem, 0)) for problem in problems]
+        nothing = [_Solution(torch.full(shape, 0.5), _labels(problem, 0)) for problem in problems]
+        best = [self.coarse.get(p.key, none) for p, none in zip(problems, nothing, strict=True)]
         if not _finite(problems[0]):  # and so all of them, see `_groups`
             return best
         noises = [noise_of(problem.targets[0], problem.samples) for problem in problems]
-        waiting = list(range(len(problems)))
+        waiting = [i for i, solution in enumerate(best) if solution.reason != StopReason.CONVERGED]
         for attempt in range(self.attack.restarts * self.attack.candidates):
             some = [i for i in waiting if attempt < self.attack.restarts * self._candidates(problems[i])]
-            if not some or (attempt and self.late()):
+            if not some or (self.late() and all(best[i].starts for i in some)):
                 break
             for index, solution in zip(
                 some, self._start([problems[i] for i in some], [noises[i] for i in some], attempt), strict=True
             ):
                 before = best[index]
                 spent = before.evaluations + solution.evaluations, before.seconds + solution.seconds
-                if solution.misfit < before.misfit:
+                if before.starts == 0 or solution.misfit < before.misfit:
                     best[index] = solution
                 best[index].evaluations, best[index].seconds = spent
                 best[index].starts = attempt + 1
@@ -187,24 +236,16 @@ class _Work:
         assert problem.labels is not None
         return min(self.attack.candidates, len(problem.labels))
 
-    def _start(self, problems: list[Problem], noises: list[Noise], attempt: int) -> list[_Solution]:
-        """One start of each problem, all together."""
+    def _start(
+        self, problems: list[Problem], noises: list[Noise], attempt: int, last: int | None = None
+    ) -> list[_Solution]:
+        """One start of each problem, all together; of the first `last` coordinates only, where that is given."""
         began = time.perf_counter()
         device, prior = torch.device(self.run.device), self.prior
-        targets = [problem.targets[0] for problem in problems]
         chosen = [attempt % self._candidates(problem) for problem in problems]
-        labels = torch.stack([_labels(p, c) for p, c in zip(problems, chosen, strict=True)]).to(device)
-        observed = {
-            n: torch.stack([t.update[n].double().flatten() for t in targets]).to(device) for n in targets[0].update
-        }
-        exact, rough = (
-            update_model(self.knowledge.model, targets, self.knowledge.image_shape, device=device, dtype=dtype)
-            for dtype in (torch.float64, torch.float32)
-        )
-        hot = one_hot(labels, self.knowledge.classes).double()
-        settings = self.attack.settings
+        labels = torch.stack([_labels(p, c) for p, c in zip(problems, chosen, strict=True)])
         path = prior.tempered(_TEMPER)
-        solver = GaussNewton(exact, rough, observed, _stack(noises, device), hot, path, settings)
+        solver = self._solver(problems, noises, labels, path)
         begin = torch.stack([self._point(problem, path, attempt) for problem in problems]).to(device)
         trace: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -213,27 +254,25 @@ class _Work:
             self._progress(state)
             return self.late()
 
-        state = solver.run(solver.start(begin), on_step=on_step)
-        error = solver.rounding(state)
-        precision, levels = _calibrated(solver, state, error, noises)
-        reasons = [_reason(solver, state, i, noises[i], level) for i, level in enumerate(levels.tolist())]
-        spent = state.evaluations
-        solver.weigh(precision)
-        solver.prior = prior
-        state = solver.run(solver.start(state.z * (path.variance / prior.variance).sqrt()[: state.z.shape[2]]))
-        expected = _expected(solver, state, error)
-        images = solver.images(state.z).float().clamp(0, 1).cpu()
+        state = solver.start(begin)
+        first = state.misfit
+        state = solver.run(state, on_step=on_step, last=last)
+        answer = self._judged(solver, state, noises, last)
         seconds = (time.perf_counter() - began) / len(problems)
-        self.evaluations += int((spent + state.evaluations).sum())
+        spent = state.evaluations + answer.evaluations
+        self.evaluations += int(spent.sum())
         return [
             _Solution(
-                images[i],
-                labels[i].cpu(),
-                misfit=float(levels[i]),
-                reason=reasons[i],
-                expected=expected[i].cpu(),
-                evaluations=int(spent[i]) + int(state.evaluations[i]),
+                answer.images[i].cpu(),
+                labels[i],
+                misfit=float(answer.misfit[i]),
+                reason=answer.reasons[i],
+                expected=answer.expected[i].cpu(),
+                noise=float(answer.noise[i]),
+                left=float(state.misfit[i] / first[i]),
+                evaluations=int(spent[i]),
                 seconds=seconds,
+                starts=1,
                 start=attempt,
                 candidate=chosen[i],
                 trace=[(int(e[i]), float(m[i])) for e, m, _ in trace],
@@ -242,11 +281,56 @@ class _Work:
             for i in range(len(problems))
         ]
 
+    def _solver(self, problems: list[Problem], noises: list[Noise], labels: Tensor, prior: ImagePrior) -> GaussNewton:
+        device, targets = torch.device(self.run.device), [problem.targets[0] for problem in problems]
+        observed = {
+            n: torch.stack([t.update[n].double().flatten() for t in targets]).to(device) for n in targets[0].update
+        }
+        exact, rough = (
+            update_model(self.knowledge.model, targets, self.knowledge.image_shape, device=device, dtype=dtype)
+            for dtype in (torch.float64, torch.float32)
+        )
+        hot = one_hot(labels.to(device), self.knowledge.classes).double()
+        return GaussNewton(exact, rough, observed, _stack(noises, device), hot, prior, self.attack.settings)
+
+    def _judged(self, solver: GaussNewton, state: State, noises: list[Noise], last: int | None) -> _Answer:
+        """The answer under the prior as it is and noise as large as it turned out, and what it is worth.
+
+        One that does not explain its update promises nothing, and is expected to be as wrong as the prior's mean.
+        """
+        rounding = solver.rounding(state)
+        precision, misfit = calibrated(solver, state, rounding, noises)
+        ended = solver.settled(state) & (last is None)
+        reasons = [
+            reason_of(solver, state, i, noises[i], level, bool(ended[i])) for i, level in enumerate(misfit.tolist())
+        ]
+        spent = torch.zeros_like(state.evaluations)
+        errors = self.prior.variance.mean().expand(state.z.shape[:2]).clone()
+        explained = torch.tensor([reason == StopReason.CONVERGED for reason in reasons], device=errors.device)
+        if not bool(explained.any()):
+            images = solver.images(state.z).float().clamp(0, 1)
+            return _Answer(images, errors, reasons, misfit, noise_level(precision), spent)
+        path = solver.prior
+        solver.weigh(precision)
+        solver.prior = self.prior
+        moved = solver.start(state.z * (path.variance / self.prior.variance).sqrt()[: state.z.shape[2]])
+        moved = solver.run(moved, last=last)
+        spent = moved.evaluations
+        posterior, told = expected(solver, moved, rounding, self.prior)
+        errors = torch.where(explained[:, None], posterior, errors)
+        images = solver.images(moved.z).float().clamp(0, 1)
+        for place in drowned(solver, moved, precision, told, noises).nonzero()[:, 0].tolist():
+            images[place] = self.prior.images(torch.zeros_like(moved.z[place, :, :1])).float().clamp(0, 1)
+            errors[place] = self.prior.variance.mean()
+            reasons[place] = StopReason.NO_SIGNAL
+        return _Answer(images, errors, reasons, misfit, noise_level(precision), spent)
+
     def _point(self, problem: Problem, path: ImagePrior, attempt: int) -> Tensor:
         """Coordinates ``[B, K]`` that a start begins with: peeled images, or noise about the prior's mean."""
-        if attempt == 0 and problem.start is not None:
-            return path.coordinates(problem.start.to(path.mean))
         width = min([*self.attack.settings.stages, path.root.shape[0]])
+        if attempt == 0 and problem.start is not None:
+            whole = path.coordinates(problem.start.to(path.mean))
+            return whole[:, :width] if problem.key in self.coarse else whole
         size = 0.1 if attempt < self._candidates(problem) else 0.5
         random = generator(self.run.seed, "map", *problem.key, attempt)
         return size * torch.randn(problem.samples, width, generator=random, dtype=torch.float64).to(path.mean)
@@ -261,69 +345,6 @@ class _Work:
         self.run.on_progress(
             Progress(self.count, len(self.done), converged, 0, level, evaluations, evaluations / spent)
         )
-
-
-def _expected(solver: GaussNewton, state: State, rounding: Rows) -> Tensor:
-    """The error of each image that the posterior expects, ``[P, B]``.
-
-    Draws from it count the noise of every element for itself. Rounding is not like that: what a layer rounds, all
-    gradients below it share. So the answer's own rounding is followed to the images too.
-    """
-    root = solver.prior.root[: state.z.shape[2]]
-    drawn = [(move @ root).square().mean(2) for move in solver.draws(state, _DRAWS, seed=1)]
-    followed = (solver.estimate(state, rounding) @ root).square().mean(2) * state.misfit.clamp(max=1)[:, None]
-    return torch.stack(drawn).mean(0).maximum(followed)
-
-
-def _calibrated(solver: GaussNewton, state: State, rounding: Rows, noises: list[Noise]) -> tuple[Rows, Tensor]:
-    """Precisions with noise as large as the answer's rounding and residual say, and the misfit left, ``[P]``.
-
-    A defense's noise that is granted stays. One that is not is scaled to the residual, tensor by tensor, less what the
-    answer followed of it; small tensors take the others' share. Rounding is that of the answer's own update.
-    """
-    fixed = torch.tensor([noise.granted for noise in noises], device=state.misfit.device)
-    found, squares, counts = {}, {}, {}
-    for name, residual in state.residual.items():
-        root = solver.root[name]
-        rounded = rounding[name].square().mean(1).clamp(min=1e-60).sqrt()
-        std = torch.where(root > 0, 1 / root, torch.inf)
-        seen = fixed | (std.amin(1) > 10 * rounded)  # far above rounding: a defense's noise
-        std = torch.where(seen[:, None] | ~std.isfinite(), std, rounded[:, None])
-        found[name] = std
-        squares[name] = (residual / root.clamp(min=1e-300) / std).square().nan_to_num(0, 0, 0).sum(1)
-        counts[name] = std.isfinite().expand_as(residual).sum(1).double()
-    count = torch.stack(list(counts.values())).sum(0)
-    misfit = torch.stack(list(squares.values())).sum(0) / count
-    unknowns = state.z.shape[1] * state.z.shape[2]
-    large = [n for n, r in state.residual.items() if r.shape[1] >= _LARGE] or list(squares)
-    result = {}
-    for name, std in found.items():
-        of = [name] if name in large else large
-        free = torch.stack([counts[n] for n in of]).sum(0)
-        free = (free * (1 - unknowns / count)).clamp(min=0.05 * free)
-        share = torch.where(fixed, 1.0, (torch.stack([squares[n] for n in of]).sum(0) / free).clamp(min=0.05))
-        precision = (std * share.sqrt()[:, None]) ** -2.0
-        result[name] = precision[:, 0] if precision.shape[1] == 1 else precision
-    return result, misfit
-
-
-def _reason(solver: GaussNewton, state: State, place: int, noise: Noise, misfit: float) -> StopReason:
-    """Why a start ended; a residual that is white and as large in every tensor is a defense's noise."""
-    if not math.isfinite(misfit):
-        return StopReason.DIVERGED
-    if misfit <= _EXPLAINED or (not noise.granted and _uniform(solver, state, place)):
-        return StopReason.CONVERGED
-    return StopReason.STALLED if float(state.slow[place]) >= 4 else StopReason.BUDGET
-
-
-def _uniform(solver: GaussNewton, state: State, place: int) -> bool:
-    """Whether the residual in the update's own units is equally large in every large tensor, as added noise is."""
-    sizes = []
-    for name, value in state.residual.items():
-        root = solver.root[name][place]
-        if value.shape[1] >= _LARGE and bool((root > 0).all()):
-            sizes.append(float((value[place] / root).square().mean().sqrt()))
-    return len(sizes) > 1 and max(sizes) < 1.5 * min(sizes)
 
 
 def _stack(noises: Sequence[Noise], device: torch.device) -> dict[str, Tensor]:
@@ -411,6 +432,7 @@ def _reconstruction(observation: Observation, found: list[_Solution], knowledge:
         details={
             "method": "map",
             "expected_mse": [float(f"{v:.4g}") for v in expected.tolist()],
+            "noise_std": float(f"{max(s.noise for s in found):.4g}"),
             "start": one.start,
             "candidate": one.candidate,
         },

@@ -121,16 +121,19 @@ class GaussNewton:
         zero = torch.zeros_like(misfit)
         return State(z, misfit.clamp(min=1.0), zero, residual, misfit, zero + 1, zero, zero, zero + 1)
 
-    def run(self, state: State, *, on_step: Callable[[State], bool] | None = None) -> State:
+    def run(self, state: State, *, on_step: Callable[[State], bool] | None = None, last: int | None = None) -> State:
         """Coarse to fine, then down to the noise.
 
         Args:
             state: where to start; its coordinates say at which stage.
             on_step: called after each step; True ends the run.
+            last: the stage to end with; None for all coordinates.
         """
         size = self.prior.root.shape[0]
         stages = [k for k in self.settings.stages if state.z.shape[2] <= k < size]
         for width in [*stages, size]:
+            if width > (last or size):
+                break
             state.z = _widen(state.z, width)
             self.prepare(width)
             for _ in range(self.settings.coarse_steps if width < size else self.settings.max_steps):
