@@ -30,7 +30,7 @@ _TEMPER = 1.5
 """Of the prior on the way: detail that is free too early leads into dead ends."""
 _TOGETHER = 2**28
 """Bytes of derivatives in float32 that are held at once; more problems together are no faster on a CPU."""
-_LEAST_SECONDS = 45.0
+_LEAST_SECONDS = 30.0
 """Of a call, whatever an update may take."""
 _QUICK = 2000
 """Unknowns from which, when time is short, every update is sought coarsely before one is sought to the end."""
@@ -52,7 +52,7 @@ class MAP(Inversion):
         max_steps: Gauss-Newton steps of a start.
         candidates: label multisets of a guess to try.
         prior: ``auto`` takes auxiliary images where they are granted, ``natural`` a spectrum of natural images.
-        seconds: how long an update may take, about, on average of a call, which may take 45 seconds in any case; None
+        seconds: how long an update may take, about, on average of a call, which may take 30 seconds in any case; None
             for as long as it needs. When time is short every update is sought coarsely, then the most promising to the
             end.
 
