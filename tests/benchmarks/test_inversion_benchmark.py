@@ -1,6 +1,8 @@
 import csv
+import dataclasses
 import gzip
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -92,3 +94,33 @@ def test_a_run_writes_a_row_for_each_method(data, tmp_path, capsys, monkeypatch)
     printed = capsys.readouterr().out
     assert "first 1 of 2" in printed
     assert "engine" in printed
+
+
+def test_a_batch_of_any_size_is_assigned_as_is_best_in_total():
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        cost = generator.random((5, 5))
+        orders = np.array(list(itertools.permutations(range(5))))
+        best = cost[np.arange(5), orders].sum(1).min()
+        assert cost[np.arange(5), bench.assigned(cost)].sum() == pytest.approx(best)
+    images = torch.rand(16, 1, 4, 4)
+    assert bench.recovered(images[torch.randperm(16)], images) == 16
+
+
+def test_what_the_engine_is_granted_is_none_of_the_victims(data):
+    setting = dataclasses.replace(bench.SETTINGS["mnist-b8"], batch_size=2, auxiliary=4)
+    images = bench.Images(data / "mnist", "mnist")
+    victims = bench.make_victims(setting, images, 1, 0, "cpu")
+    granted = bench.auxiliary(setting, images, victims, 0)[0]
+    assert len(granted) == 4
+    assert not any(bool((image == victims[0].images).flatten(1).all(1).any()) for image in granted)
+    assert bench.auxiliary(bench.SETTINGS["mnist"], images, victims, 0) is None
+
+
+def test_noise_stands_between_the_update_and_the_attacker(data):
+    images = bench.Images(data / "cifar100", "cifar100")
+    plain, noisy = (
+        bench.make_victims(bench.SETTINGS[n], images, 1, 5, "cpu")[0] for n in ("cifar100", "cifar100-noise")
+    )
+    gap = noisy.observation.update["fc.weight"] - plain.observation.update["fc.weight"]
+    assert float(gap.std()) == pytest.approx(1e-3, rel=0.05)
