@@ -46,10 +46,12 @@ class ClientOptimizer(ABC):
         if isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or not 0 < self.lr < math.inf:
             raise UsageError(f"lr={self.lr} is no learning rate; give a finite number above 0")
 
-    @property
-    def plain(self) -> bool:
-        """Whether a step is the gradient times the learning rate, so that new weights tell the sum of gradients."""
-        return False
+    def shares(self, steps: int) -> tuple[float, ...] | None:
+        """How far the gradient of each of so many steps moves the weights in the end, in units of the learning rate.
+
+        None where new weights are no sum of gradients.
+        """
+        return None
 
     def init(self, weights: Given) -> State:
         """What there is to remember before the first step."""
@@ -74,9 +76,11 @@ class SGD(ClientOptimizer):
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    @property
-    def plain(self) -> bool:
-        return self.momentum == 0 and self.weight_decay == 0
+    def shares(self, steps: int) -> tuple[float, ...] | None:
+        if self.weight_decay:
+            return None
+        moved = [sum(self.momentum**k for k in range(left)) for left in range(steps, 0, -1)]
+        return tuple(1 + self.momentum * each if self.nesterov else each for each in moved)
 
     def init(self, weights: Given) -> State:
         return {"momentum": {n: torch.zeros_like(w) for n, w in weights.items()}} if self.momentum else {}
@@ -189,9 +193,13 @@ class LocalTraining:
         return None if self.local_steps is None or self.batch_size is None else self.local_steps * self.batch_size
 
     @property
-    def plain(self) -> bool:
-        """Whether new weights are those received less the learning rate times the sum of gradients, as far as known."""
-        return self.optimizer is not None and self.optimizer.plain and (self.proximal == 0 or self.single)
+    def shares(self) -> tuple[float, ...] | None:
+        """The weight of each step's gradient in what is sent; None where that is withheld, or no sum of gradients."""
+        if self.steps is None or self.payload == "gradient":
+            return None if self.steps is None else (1.0,) * self.steps
+        if self.optimizer is None or (self.proximal != 0 and not self.single):
+            return None
+        return self.optimizer.shares(self.steps)
 
     @property
     def sign(self) -> int:
@@ -202,28 +210,29 @@ class LocalTraining:
     def scale(self) -> float | None:
         """What the mean gradient was multiplied with to give the change that was sent.
 
-        None where that is withheld, or where something else than plain SGD made the new weights.
+        None where that is withheld, or where new weights are no sum of gradients.
         """
-        if self.steps is None or (self.payload == "weights" and not self.plain):
+        shares = self.shares
+        if shares is None:
             return None
-        return float(self.steps) if self.payload == "gradient" else self.steps * self.optimizer.lr  # type: ignore[union-attr]
+        return sum(shares) if self.payload == "gradient" else sum(shares) * self.optimizer.lr  # type: ignore[union-attr]
 
     def mean_gradient(self, start: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> Tensors:
         """The mean gradient over the local steps, in the convention of `torch.autograd`, of what was sent.
 
-        Sign and scale are undone. What of the scale is withheld is left in the result as a positive factor: the number
-        of steps, or the learning rate. Where something else than plain SGD made the new weights, it is minus their
-        change.
+        Under momentum it is a weighted mean, see `shares`. Sign and scale are undone. What of the scale is withheld is
+        left in the result as a positive factor: the number of steps, or the learning rate. Where new weights are no sum
+        of gradients, it is minus their change.
 
         Args:
             start, sent: the weights that training started from, and the update.
         """
-        scale = float(self.steps or 1)
+        scale = self.scale
         if self.payload == "gradient":
-            return {name: value / scale for name, value in sent.items()}
-        if self.optimizer is not None:
-            scale = scale * self.optimizer.lr if self.plain else 1.0
-        return {name: (start[name] - value) / scale for name, value in sent.items()}
+            return {name: value / (scale or 1.0) for name, value in sent.items()}
+        if scale is None and self.optimizer is not None and self.steps is None:
+            scale = self.optimizer.lr
+        return {name: (start[name] - value) / (scale or 1.0) for name, value in sent.items()}
 
     def batch(self, values: Tensor, step: int) -> Tensor:
         """The ``[B, ...]`` of `values` ``[T · B, ...]`` that step `step` trains on; an epoch begins again at the first.

@@ -106,7 +106,7 @@ def test_the_loop_goes_over_the_batches_of_an_epoch_again(optimizer, payload):
         state, weights = optimizer.step(state, weights, gradient)
     for name, value in (total if payload == "gradient" else weights).items():
         torch.testing.assert_close(found[name], value)
-    if payload == "gradient" or optimizer.plain:
+    if payload == "gradient" or optimizer == SGD(0.2):
         mean = training.mean_gradient(start, found)
         for name, value in total.items():
             torch.testing.assert_close(mean[name], value / 6)
@@ -153,7 +153,8 @@ def test_what_is_not_known_stays_unknown():
     whole = LocalTraining("weights", 4, 5, 3, SGD(0.1))
     assert (whole.steps, whole.samples, whole.single, whole.sign, whole.scale) == (15, 20, False, -1, 1.5)
     assert replace(whole, payload="gradient").scale == 15
-    assert replace(whole, optimizer=SGD(0.1, momentum=0.9)).scale is None
+    assert replace(whole, optimizer=SGD(0.1, momentum=0.9, weight_decay=0.1)).scale is None
+    assert replace(whole, optimizer=Adam(0.1)).scale is None
     assert replace(whole, optimizer=SGD(0.1, momentum=0.9), payload="gradient").scale == 15
     nothing = LocalTraining()
     assert (nothing.steps, nothing.samples, nothing.single, nothing.scale, nothing.lr) == (
@@ -207,3 +208,15 @@ def test_a_client_trains_as_torch_would_have_it_train(ours, theirs):
         optimizer.step()
     for name, value in model.named_parameters():
         torch.testing.assert_close(found[name], value.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_new_weights_under_momentum_are_a_weighted_sum_of_gradients(nesterov):
+    training = LocalTraining("weights", 2, 2, epochs=2, optimizer=SGD(0.2, 0.9, nesterov))
+    gradients = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = {"w": torch.zeros(3, dtype=torch.float64)}
+    sent = unroll(lambda step, weights: {"w": gradients[step]}, start, training)
+    shares = torch.tensor(training.shares, dtype=torch.float64)
+    assert shares[0] > shares[-1] == (1.9 if nesterov else 1)
+    assert training.scale == pytest.approx(0.2 * float(shares.sum()))
+    torch.testing.assert_close(training.mean_gradient(start, sent)["w"], shares @ gradients / shares.sum())

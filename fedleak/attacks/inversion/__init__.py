@@ -1,6 +1,7 @@
 """Images from updates: gradient matching, its objectives, priors and optimisers."""
 
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.local_steps import Surrogate, Unrolled
 from fedleak.attacks.inversion.map import MAP
 from fedleak.attacks.inversion.objectives import L2, Cosine, Elementwise, Objective, RelativeL2
 from fedleak.attacks.inversion.optimizers import LBFGS, Adam, Optimizer
@@ -30,6 +31,8 @@ __all__ = [
     "SmoothTotalVariation",
     "Standing",
     "Start",
+    "Surrogate",
     "TotalVariation",
     "Uniform",
+    "Unrolled",
 ]
