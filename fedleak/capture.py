@@ -31,7 +31,7 @@ class Observation:
         client: the client's partition id (or its position in a federation that does not tell).
         parameters: name -> tensor, the trainable parameters the client started from.
         update: name -> tensor, what the client sent back, same names and shapes, with a leading ``[B]`` where the
-            training is `per_sample`; what it is, `training.payload` says.
+            training is `per_sample`; what it is, `training.payload` says. Empty where only models are seen.
         training: how the client trained, as far as it is known.
         start_buffers: name -> tensor, the model's buffers as the server sent them (the server always knows them).
         buffers: name -> tensor, the buffers the client returned; empty if withheld or there are none.
@@ -169,6 +169,7 @@ class CaptureStore:
         row = {
             "round": o.round,
             "client": o.client,
+            "clients": list(o.clients),
             "payload": training.payload,
             "batch_size": training.batch_size,
             "lr": training.lr,
@@ -226,6 +227,11 @@ class CaptureStore:
             # Auxiliary data is not captured from the wire, so it may be granted later.
             if grant not in ("auxiliary_data", "defense") and not getattr(self.info.threat, grant):
                 raise UsageError(f"threat.{grant}=true: {self.folder} was captured without it; repeat the run with it")
+        if self.info.threat.view not in ("updates", threat.view):
+            raise UsageError(
+                f"threat.view={threat.view}: {self.folder} holds what threat.view={self.info.threat.view} "
+                "shows; repeat the run with it"
+            )
         starts: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         observations = []
         for row in self.rows() if rows is None else rows:
@@ -244,6 +250,7 @@ class CaptureStore:
                     start_buffers=start_buffers,
                     buffers=_under(tensors, "buffers/") if threat.buffers else {},
                     labels=tensors.get("labels") if threat.labels else None,
+                    clients=tuple(row.get("clients", ())),
                     error=row["error"],
                 )
             )

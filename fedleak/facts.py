@@ -41,6 +41,7 @@ def facts(setup: Setup, seconds: float, command: Sequence[str]) -> dict[str, Any
         "federation": asdict(setup.federation),
         "threat": {
             "kind": "honest-but-curious" if type(setup.adversary.build(Adversary)) is Adversary else "malicious",
+            "view": setup.threat.view,
             "granted": setup.threat.granted,
             "withheld": setup.threat.withheld,
         },

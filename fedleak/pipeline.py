@@ -14,7 +14,8 @@ from fedleak import __version__
 from fedleak.attacks import Attack, Knowledge
 from fedleak.attacks.adaptive import require_imitation
 from fedleak.attacks.store import ReconstructionStore
-from fedleak.capture import CaptureStore
+from fedleak.attacks.views import ConsecutiveModels, shown
+from fedleak.capture import CaptureStore, Observation
 from fedleak.console import Console
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
@@ -121,10 +122,7 @@ def attack_captures(setup: Setup, run_dir: Path, attack: Attack, console: Consol
     an attack that was killed goes on where it stopped, whichever command repeats it.
     """
     store = CaptureStore.open(run_dir / "captures")
-    victims = choose_victims(store.rows(), setup.attack.every, setup.attack.clients)
-    if not victims:
-        raise UsageError(f"{store.folder}: no captured update is left to attack; check attack.every, or repeat the run")
-    observations = store.load(victims, threat=setup.threat)
+    observations = _seen(store, setup)
     knowledge = attacker_knowledge(setup, store)
     where = run_dir / "captures" / "reconstructions" / _key(setup)
     console.headline(f"attack {attack.name} on {len(observations)} updates of {run_dir}, on {setup.torch_device}")
@@ -138,6 +136,24 @@ def attack_captures(setup: Setup, run_dir: Path, attack: Attack, console: Consol
             on_progress=on_progress,
         )
     return Attacked(attack.view(observations), reconstructions, knowledge, where)
+
+
+def _seen(store: CaptureStore, setup: Setup) -> list[Observation]:
+    """What the attacker sees of the victims among a run's captures."""
+    view, rows = setup.threat.view, store.rows()
+    victims = choose_victims(rows, setup.attack.every, setup.attack.clients if view == "updates" else "all")
+    if not victims:
+        raise UsageError(f"{store.folder}: no captured update is left to attack; check attack.every, or repeat the run")
+    if view == "updates":
+        return store.load(victims, threat=setup.threat)
+    if view == "sum":
+        return shown(view, store.load(victims, threat=setup.threat))
+    wanted = {row["round"] for row in victims}
+    seen = store.load([r for r in rows if wanted & {r["round"], r["round"] - 1}], threat=setup.threat)
+    pairs = ConsecutiveModels()
+    last = max(row["round"] for row in rows)
+    some = [pairs([o for o in seen if o.round in (number, number + 1)]) for number in sorted(wanted - {last})]
+    return [observation for pair in some for observation in pair] or pairs(seen)
 
 
 def attacker_knowledge(setup: Setup, store: CaptureStore) -> Knowledge:

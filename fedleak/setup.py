@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedleak.config import (
@@ -30,7 +30,7 @@ from fedleak.config import (
 from fedleak.errors import UsageError
 from fedleak.instantiate import Part
 from fedleak.rounds import is_due
-from fedleak.threat import ThreatModel
+from fedleak.threat import GRANTS, VIEWS, ThreatModel
 
 if TYPE_CHECKING:
     import torch
@@ -177,9 +177,20 @@ class Setup:
             proximal=_proximal(self.strategy.node),
         )
 
+    def seen_in(self, server_round: int) -> LocalTraining:
+        """How whoever is behind an update that the attacker sees trains in a round: a client, or all of a round."""
+        training = self.training_in(server_round)
+        if self.threat.view == "updates":
+            return training
+        from fedleak.attacks.views import as_one
+
+        members = max(1, round(self.federation.fraction * self.federation.clients))
+        members -= min(members - 1, round(self.federation.dropout * members))
+        return as_one([training] * members, models=self.threat.view == "models")
+
     def check_attack(self, attack: Attack) -> None:
         """Raise `UsageError` for an attack that this federation or threat model cannot feed."""
-        attack.check(self.threat, self.training)
+        attack.check(self.threat, self.seen_in(1))
 
 
 def _proximal(node: Any) -> float:
@@ -232,7 +243,8 @@ RULES: Mapping[str, Rule] = {
     "attack.adaptive": YES_NO,
     "attack.candidates": whole(1),
     "attack.clients": _whole_or("all"),
-    **{f"threat.{field.name}": YES_NO for field in fields(ThreatModel)},
+    **{f"threat.{name}": YES_NO for name in GRANTS},
+    "threat.view": one_of(*VIEWS),
 }
 """Keys checked by value; the parts behind a `_target_` check their own."""
 
@@ -272,6 +284,15 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         raise UsageError(
             f"auxiliary={config['auxiliary']}: the threat model grants no auxiliary data; give "
             "threat.auxiliary_data=true, or leave it out"
+        )
+    if threat.per_sample_gradients and threat.view != "updates":
+        raise UsageError(
+            f"threat.view={threat.view}: shows no sample's own gradient; leave threat.per_sample_gradients"
+        )
+    if threat.view == "models" and Part("strategy", config["strategy"]).name not in ("FedAvg", "FedProx"):
+        raise UsageError(
+            "threat.view=models: the next model tells the mean update where the server takes it as it is; "
+            "choose strategy=fedavg or fedprox"
         )
     attack = config["attack"]
     plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients", "adaptive")}

@@ -20,6 +20,9 @@ class ThreatModel:
         labels: the labels of each private batch, in no particular order.
         per_sample_gradients: the gradient of every single sample (iDLG's per-sample scenario).
         defense: what the clients defend themselves with, and its settings.
+        view: what of each round the attacker gets to see: every client's update (``updates``), their sum alone, as
+            under secure aggregation (``sum``), or the models that the server sent out alone, as a curious client or a
+            wire-tapper has them (``models``).
     """
 
     batch_size: bool = True
@@ -29,16 +32,17 @@ class ThreatModel:
     labels: bool = False
     per_sample_gradients: bool = False
     defense: bool = False
+    view: str = "updates"
 
     @property
     def granted(self) -> tuple[str, ...]:
         """Names of what is granted, in declaration order."""
-        return tuple(f.name for f in fields(self) if getattr(self, f.name))
+        return tuple(name for name in GRANTS if getattr(self, name))
 
     @property
     def withheld(self) -> tuple[str, ...]:
         """Names of what is not granted, in declaration order."""
-        return tuple(f.name for f in fields(self) if not getattr(self, f.name))
+        return tuple(name for name in GRANTS if not getattr(self, name))
 
     def require(self, needs: Iterable[str], who: str) -> None:
         """Raise `UsageError` if `who` (say ``attack=dlg``) needs something that is not granted."""
@@ -48,3 +52,8 @@ class ThreatModel:
             raise UsageError(
                 f"{who} needs {', '.join(missing)}, which the threat model withholds; grant it with {mend}"
             )
+
+
+GRANTS = tuple(f.name for f in fields(ThreatModel) if isinstance(f.default, bool))
+"""What is granted or withheld, in declaration order."""
+VIEWS = ("updates", "sum", "models")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedleak.capture import Observation, same_tensors
 from fedleak.errors import UsageError
-from fedleak.training import LocalTraining, Tensors
+from fedleak.training import SGD, LocalTraining, Tensors
 
 
 class View(ABC):
@@ -63,10 +63,7 @@ class SecureSum(View):
         self.clients = clients
 
     def __call__(self, observations: Sequence[Observation]) -> list[Observation]:
-        rounds: dict[int, list[Observation]] = {}
-        for observation in sorted(observations, key=lambda o: (o.round, o.client)):
-            if observation.error is None:
-                rounds.setdefault(observation.round, []).append(observation)
+        rounds = rounds_of(observations)
         groups = [
             members[first : first + self.clients]
             for members in rounds.values()
@@ -96,18 +93,103 @@ def _sum(group: Sequence[Observation]) -> Observation:
                 "from the same model, so that their sum is no update; attack.view=null takes them one by one"
             )
     sizes = [o.training.batch_size for o in group]
-    known = [size for size in sizes if size is not None]
-    total = sum(known) if len(known) == len(group) else None
+    training = as_one([o.training for o in group])
+    total = training.batch_size
     weights = [1 / len(group) if total is None or size is None else size / total for size in sizes]
-    labels = [o.labels for o in group if o.labels is not None]
     return replace(
         first,
         update=_mean([o.update for o in group], weights),
-        training=replace(first.training, batch_size=total),
+        training=training,
         buffers=_mean([o.buffers for o in group], weights),
-        labels=torch.cat(labels).sort().values if len(labels) == len(group) else None,
+        labels=_labels(group),
         clients=tuple(o.client for o in group),
     )
+
+
+def _labels(group: Sequence[Observation]) -> Tensor | None:
+    labels = [o.labels for o in group if o.labels is not None]
+    return torch.cat(labels).sort().values if len(labels) == len(group) else None
+
+
+def as_one(trainings: Sequence[LocalTraining], *, models: bool = False) -> LocalTraining:
+    """How one client would train that had all the samples of several, step by step.
+
+    Args:
+        trainings: of each, alike but for their batch sizes.
+        models: what is seen are the models before and after, the clients sending what they will.
+    """
+    first, sizes = trainings[0], [training.batch_size for training in trainings]
+    known = [size for size in sizes if size is not None]
+    whole = replace(first, batch_size=sum(known) if len(known) == len(sizes) else None)
+    if not models or first.payload == "weights":
+        return whole
+    # The server takes one step along the mean of the gradients that were sent; each is a sum over local steps.
+    optimizer = None if first.lr is None else SGD(first.lr)
+    return replace(whole, payload="weights", optimizer=optimizer)
+
+
+def rounds_of(observations: Sequence[Observation]) -> dict[int, list[Observation]]:
+    """Round -> its usable observations, by client."""
+    rounds: dict[int, list[Observation]] = {}
+    for observation in sorted(observations, key=lambda o: (o.round, o.client)):
+        if observation.error is None:
+            rounds.setdefault(observation.round, []).append(observation)
+    return rounds
+
+
+def shown(view: str, observations: Sequence[Observation]) -> list[Observation]:
+    """What of a federation's updates the threat model shows; of what is shown already, all.
+
+    Args:
+        view: `ThreatModel.view`.
+        observations: of one or several rounds.
+    """
+    if view == "updates" or any(o.clients for o in observations):
+        return list(observations)
+    show = _sum if view == "sum" else _model
+    return [show(members) for members in rounds_of(observations).values()]
+
+
+def _model(group: Sequence[Observation]) -> Observation:
+    """What was sent out in a round, and nothing of what came back."""
+    training = as_one([o.training for o in group], models=True)
+    return replace(
+        group[0],
+        update={},
+        buffers={},
+        training=training,
+        labels=_labels(group),
+        clients=tuple(o.client for o in group),
+    )
+
+
+class ConsecutiveModels(View):
+    """Two models that the server sent out one after the other: their difference is the mean update of a round.
+
+    For a server that takes its clients' mean as it is (FedAvg, FedSGD). The last model has no successor, and shows
+    nothing of its round.
+
+    Raises:
+        UsageError: a model has no successor although there are later ones, or there is none but one.
+
+    References:
+        Geng et al. Towards general deep leakage in federated learning. 2021.
+    """
+
+    def __call__(self, observations: Sequence[Observation]) -> list[Observation]:
+        rounds = {o.round: o for o in shown("models", observations)}
+        if len(rounds) < 2:
+            raise UsageError("threat.view=models: needs the models of two rounds at least; raise federation.rounds")
+        last = max(rounds)
+        for number in rounds:
+            if number != last and number + 1 not in rounds:
+                raise UsageError(
+                    f"threat.view=models: the model of round {number + 1} was not captured, so that nothing tells what "
+                    f"happened in round {number}; repeat the run with federation.capture_every=1"
+                )
+        return [
+            replace(seen, update=rounds[number + 1].parameters) for number, seen in rounds.items() if number != last
+        ]
 
 
 def _mean(tensors: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensors:

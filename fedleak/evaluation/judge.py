@@ -65,7 +65,7 @@ def judge(attacked: Attacked, truths: TruthStore, setup: Setup) -> Judgement:
     limits: dict[int, Limit] = {}
     if setup.limit == "auto":
         defense = setup.defense.build(Defense)
-        limits = limits_of(attacked.observations, behind, attacked.knowledge, setup.training, defense)
+        limits = limits_of(attacked.observations, behind, attacked.knowledge, setup.seen_in(1), defense)
     pairs = zip(attacked.observations, attacked.reconstructions, behind, strict=True)
     for index, (observation, reconstruction, truth) in enumerate(pairs):
         possible = limits.get(index)
@@ -79,7 +79,7 @@ def judge(attacked: Attacked, truths: TruthStore, setup: Setup) -> Judgement:
             batch_size=observation.training.batch_size,
             limit_bits=possible.bits if possible else None,
             update_residual=update_residual(
-                attacked.knowledge.model, observation, truth, setup.training_in(observation.round)
+                attacked.knowledge.model, observation, truth, setup.seen_in(observation.round)
             ),
         )
         attacks.append(row)

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
+from fedleak.attacks.views import shown
 from fedleak.audit.tap import Passing
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
 from fedleak.federation.records import EXAMPLES, PARTITION, client_record, to_tensors
@@ -137,6 +138,7 @@ class Eavesdropper(Strategy):
     def _keep(self, server_round: int, replies: Sequence[Message]) -> None:
         if is_due(server_round, self.every):
             observations = sorted((self._observe(server_round, reply) for reply in replies), key=lambda o: o.client)
+            observations = shown(self.threat.view, observations)
             for observation in observations:
                 self.store.write(observation)
             if self.on_round is not None:

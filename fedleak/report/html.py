@@ -327,7 +327,7 @@ def _threat(run: RunData, which: str) -> list[str]:
     names = _mapping(run.summary.get("threat")).get(which)
     if not isinstance(names, list):
         values = _mapping(run.config.get("threat"))
-        names = [name for name, value in values.items() if bool(value) == (which == "granted")]
+        names = [name for name, value in values.items() if value is (which == "granted")]
     return [THREAT_WORDS.get(str(name), str(name)) for name in names]
 
 
