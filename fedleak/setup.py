@@ -191,6 +191,11 @@ class Setup:
     def check_attack(self, attack: Attack) -> None:
         """Raise `UsageError` for an attack that this federation or threat model cannot feed."""
         attack.check(self.threat, self.seen_in(1))
+        if attack.inversion.fixed_batches and self.federation.batches != "fixed" and self.federation.rounds > 1:
+            raise UsageError(
+                f"attack={attack.name}: takes a client's rounds for rounds on the same batch; choose "
+                "federation.batches=fixed"
+            )
 
 
 def _proximal(node: Any) -> float:

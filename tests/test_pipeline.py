@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedleak.attacks.store import load_reconstructions
+from fedleak.capture import CaptureStore
 from fedleak.cli import main
 from fedleak.rounds import choose_victims
 
@@ -234,3 +235,50 @@ def test_a_view_may_be_named_by_its_target(tmp_path, small_run, capsys):
     again = ["attack", f"run_dir={small_run}", "attack=labels_only", f"output_dir={tmp_path}"]
     assert main([*again, view]) == 2
     assert "attack.view.clients=9: no round has so many usable updates" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("view", ["sum", "models"])
+def test_what_a_view_withholds_is_not_captured(tmp_path, view, capsys):
+    small = ["run", "federation.rounds=3", "federation.batch_size=1", "federation.clients=3", "attack=labels_only"]
+    folder = tmp_path / view
+    assert main([*small, "limit=off", f"threat.view={view}", f"output_dir={folder}"]) == 0
+    seen = CaptureStore.open(folder / "captures").load()
+    assert [(o.round, o.clients) for o in seen] == [(r, (0, 1, 2)) for r in (1, 2, 3)]
+    assert all(bool(o.update) == (view == "sum") for o in seen)
+    assert len(list((folder / "captures").glob("round-*-client-*"))) == 3
+    attacks = pd.read_csv(folder / "attacks.csv")
+    assert attacks["round"].tolist() == ([1, 2, 3] if view == "sum" else [1, 2])
+    assert (attacks.update_residual < 1e-5).all()
+    again = ["attack", f"run_dir={folder}", "attack=labels_only", f"output_dir={tmp_path / 'again'}"]
+    assert main([*again, "threat.view=updates"]) == 2
+    assert "threat.view=updates:" in capsys.readouterr().err
+
+
+def test_an_attack_may_see_less_than_was_captured_but_no_gap(tmp_path, small_run, capsys):
+    again = ["attack", f"run_dir={small_run}", "attack=labels_only", f"output_dir={tmp_path / 'again'}"]
+    assert main([*again, "threat.view=models"]) == 0
+    small = ["run", "federation.rounds=5", "federation.capture_every=2", "attack=labels_only", "limit=off"]
+    assert main([*small, "threat.view=models", f"output_dir={tmp_path / 'gap'}"]) == 2
+    assert "capture_every=1" in capsys.readouterr().err
+
+
+def test_joint_attacks_need_the_same_batch_in_every_round(tmp_path, capsys):
+    joint = ["run", "attack=joint", "attack.max_evaluations=20", "federation.rounds=2", "federation.batch_size=1"]
+    assert main([*joint, f"output_dir={tmp_path / 'fresh'}"]) == 2
+    assert "choose federation.batches=fixed" in capsys.readouterr().err
+    folder = tmp_path / "fixed"
+    assert main([*joint, "federation.batches=fixed", "limit=off", f"output_dir={folder}"]) == 0
+    assert pd.read_csv(folder / "attacks.csv")["round"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("attack", ["fedavg", "surrogate"])
+def test_clients_of_several_epochs_are_attacked_from_the_command_line(tmp_path, attack):
+    command = ["run", "federation=fedavg", "federation.epochs=2", "federation.optimizer=momentum", f"attack={attack}"]
+    few = ["federation.rounds=1", "federation.local_steps=2", "federation.batch_size=1", "attack.max_evaluations=6"]
+    assert (
+        main(
+            [*command, *few, "threat.labels=true", "attack/labels=known", "limit=off", f"output_dir={tmp_path / 'run'}"]
+        )
+        == 0
+    )
+    assert pd.read_csv(tmp_path / "run" / "attacks.csv").update_residual.max() < 1e-5

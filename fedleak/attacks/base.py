@@ -114,6 +114,8 @@ class Inversion(ABC):
     """Fields of `ThreatModel` that must be granted."""
     needs_scale: ClassVar[bool] = True
     """Whether the size of the gradient matters, and so the learning rate where new weights are sent."""
+    fixed_batches: ClassVar[bool] = False
+    """Whether it takes all updates of a client for updates of the same images."""
 
     def adapted(self) -> Inversion:
         """The inversion of an adaptive attacker, whose guesses go through `Target.imitate`; by default itself.

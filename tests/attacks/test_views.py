@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedleak.attacks import SecureSum, Updates
+from fedleak.attacks.views import ConsecutiveModels, shown
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.local_update import local_update
@@ -85,3 +86,49 @@ def test_what_cannot_be_summed_is_refused():
 def test_what_is_asked_of_an_attack_is_asked_of_the_sum():
     assert SecureSum(3).training(LocalTraining(batch_size=4)).batch_size == 12
     assert SecureSum(3).training(LocalTraining()).batch_size is None
+
+
+@pytest.mark.parametrize("payload", ["gradient", "weights"])
+def test_the_sum_of_one_client_is_that_client(payload):
+    seen, _ = clients(payload)
+    (alone,) = shown("sum", seen[1:2])
+    assert alone.training == seen[1].training
+    assert all(torch.equal(value, alone.update[name]) for name, value in seen[1].update.items())
+    assert shown("sum", [alone]) == [alone], "a sum is not summed again"
+    assert shown("updates", seen) == seen
+    everyone = shown("sum", [*seen, replace(seen[0], client=9, error="client error")])
+    assert [o.clients for o in everyone] == [(0, 1, 2, 3, 4)]
+
+
+def server(seen):
+    """The model after a round in which everyone's update was averaged."""
+    total = sum(SIZES)
+    if seen[0].training.payload == "weights":
+        return {n: sum(s / total * o.update[n] for s, o in zip(SIZES, seen, strict=True)) for n in START}
+    return {
+        n: v - 0.5 * sum(s / total * o.update[n] for s, o in zip(SIZES, seen, strict=True)) for n, v in START.items()
+    }
+
+
+@pytest.mark.parametrize("payload", ["gradient", "weights"])
+def test_consecutive_models_tell_what_the_sum_tells(payload):
+    seen, _ = clients(payload)
+    following = [replace(o, round=2, parameters=server(seen)) for o in seen]
+    (pair,) = ConsecutiveModels()([*seen, *following])
+    (whole,) = shown("sum", seen)
+    assert (pair.round, pair.clients, pair.training.samples) == (1, (0, 1, 2, 3, 4), sum(SIZES))
+    assert pair.labels.tolist() == whole.labels.tolist()
+    for name, value in whole.gradient().items():
+        torch.testing.assert_close(pair.gradient()[name], value)
+    poisoned = [replace(o, update={n: v * float("nan") for n, v in o.update.items()}) for o in (*seen, *following)]
+    (blind,) = ConsecutiveModels()(poisoned)
+    assert all(torch.equal(blind.update[name], value) for name, value in pair.update.items()), "it uses models alone"
+
+
+def test_consecutive_models_refuse_gaps():
+    seen, _ = clients("gradient")
+    later = [replace(o, round=r) for r in (1, 2, 4) for o in seen]
+    with pytest.raises(UsageError, match=r"the model of round 3 was not captured.*capture_every=1"):
+        ConsecutiveModels()(later)
+    with pytest.raises(UsageError, match="two rounds at least"):
+        ConsecutiveModels()(seen)

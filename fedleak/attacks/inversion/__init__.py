@@ -1,6 +1,7 @@
 """Images from updates: gradient matching, its objectives, priors and optimisers."""
 
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.joint import Joint
 from fedleak.attacks.inversion.local_steps import Surrogate, Unrolled
 from fedleak.attacks.inversion.map import MAP
 from fedleak.attacks.inversion.objectives import L2, Cosine, Elementwise, Objective, RelativeL2
@@ -21,6 +22,7 @@ __all__ = [
     "Grey",
     "ImageNorm",
     "InTurn",
+    "Joint",
     "Normal",
     "Objective",
     "Optimizer",
