@@ -151,9 +151,9 @@ def _seen(store: CaptureStore, setup: Setup) -> list[Observation]:
     wanted = {row["round"] for row in victims}
     seen = store.load([r for r in rows if wanted & {r["round"], r["round"] - 1}], threat=setup.threat)
     pairs = ConsecutiveModels()
-    last = max(row["round"] for row in rows)
+    last = pairs.check(row["round"] for row in rows)
     some = [pairs([o for o in seen if o.round in (number, number + 1)]) for number in sorted(wanted - {last})]
-    return [observation for pair in some for observation in pair] or pairs(seen)
+    return [observation for pair in some for observation in pair]
 
 
 def attacker_knowledge(setup: Setup, store: CaptureStore) -> Knowledge:

@@ -294,6 +294,11 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         raise UsageError(
             f"threat.view={threat.view}: shows no sample's own gradient; leave threat.per_sample_gradients"
         )
+    if threat.view == "models" and federation.capture_every != 1:
+        raise UsageError(
+            f"federation.capture_every={federation.capture_every}: threat.view=models compares the models of consecutive "
+            "rounds; choose federation.capture_every=1"
+        )
     if threat.view == "models" and Part("strategy", config["strategy"]).name not in ("FedAvg", "FedProx"):
         raise UsageError(
             "threat.view=models: the next model tells the mean update where the server takes it as it is; "

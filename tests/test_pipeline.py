@@ -257,9 +257,9 @@ def test_what_a_view_withholds_is_not_captured(tmp_path, view, capsys):
 def test_an_attack_may_see_less_than_was_captured_but_no_gap(tmp_path, small_run, capsys):
     again = ["attack", f"run_dir={small_run}", "attack=labels_only", f"output_dir={tmp_path / 'again'}"]
     assert main([*again, "threat.view=models"]) == 0
-    small = ["run", "federation.rounds=5", "federation.capture_every=2", "attack=labels_only", "limit=off"]
-    assert main([*small, "threat.view=models", f"output_dir={tmp_path / 'gap'}"]) == 2
-    assert "capture_every=1" in capsys.readouterr().err
+    gap = ["run", "federation.rounds=5", "federation.capture_every=2", "threat.view=models"]
+    assert main([*gap, f"output_dir={tmp_path / 'gap'}"]) == 2
+    assert "choose federation.capture_every=1" in capsys.readouterr().err
 
 
 def test_joint_attacks_need_the_same_batch_in_every_round(tmp_path, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -178,18 +178,24 @@ class ConsecutiveModels(View):
 
     def __call__(self, observations: Sequence[Observation]) -> list[Observation]:
         rounds = {o.round: o for o in shown("models", observations)}
-        if len(rounds) < 2:
+        last = self.check(rounds)
+        return [
+            replace(seen, update=rounds[number + 1].parameters) for number, seen in rounds.items() if number != last
+        ]
+
+    @staticmethod
+    def check(rounds: Iterable[int]) -> int:
+        """The last of the captured rounds, each of which must be followed by the next."""
+        known = sorted(set(rounds))
+        if len(known) < 2:
             raise UsageError("threat.view=models: needs the models of two rounds at least; raise federation.rounds")
-        last = max(rounds)
-        for number in rounds:
-            if number != last and number + 1 not in rounds:
+        for number in known[:-1]:
+            if number + 1 not in known:
                 raise UsageError(
                     f"threat.view=models: the model of round {number + 1} was not captured, so that nothing tells what "
                     f"happened in round {number}; repeat the run with federation.capture_every=1"
                 )
-        return [
-            replace(seen, update=rounds[number + 1].parameters) for number, seen in rounds.items() if number != last
-        ]
+        return known[-1]
 
 
 def _mean(tensors: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> Tensors:
