@@ -296,8 +296,8 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         )
     if threat.view == "models" and federation.capture_every != 1:
         raise UsageError(
-            f"federation.capture_every={federation.capture_every}: threat.view=models compares the models of consecutive "
-            "rounds; choose federation.capture_every=1"
+            f"federation.capture_every={federation.capture_every}: threat.view=models compares models of "
+            "consecutive rounds; choose federation.capture_every=1"
         )
     if threat.view == "models" and Part("strategy", config["strategy"]).name not in ("FedAvg", "FedProx"):
         raise UsageError(
