@@ -46,6 +46,11 @@ class ClientOptimizer(ABC):
         if isinstance(self.lr, bool) or not isinstance(self.lr, int | float) or not 0 < self.lr < math.inf:
             raise UsageError(f"lr={self.lr} is no learning rate; give a finite number above 0")
 
+    @property
+    def plain(self) -> bool:
+        """Whether a step is the gradient times the learning rate."""
+        return False
+
     def shares(self, steps: int) -> tuple[float, ...] | None:
         """How far the gradient of each of so many steps moves the weights in the end, in units of the learning rate.
 
@@ -75,6 +80,10 @@ class SGD(ClientOptimizer):
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        return self.momentum == 0 and self.weight_decay == 0
 
     def shares(self, steps: int) -> tuple[float, ...] | None:
         if self.weight_decay:
