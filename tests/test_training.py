@@ -195,7 +195,7 @@ def test_a_proximal_term_pulls_each_step_back_to_the_start():
         (Adam(0.01), lambda p: torch.optim.Adam(p, 0.01)),
         (AdamW(0.01), lambda p: torch.optim.AdamW(p, 0.01)),
     ],
-    ids=str,
+    ids=["sgd", "momentum", "nesterov", "adam", "adamw"],
 )
 def test_a_client_trains_as_torch_would_have_it_train(ours, theirs):
     training = LocalTraining("weights", 2, 3, epochs=2, optimizer=ours)
