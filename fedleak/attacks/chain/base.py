@@ -82,6 +82,18 @@ class Layer(ABC):
         """name -> derivatives of `gradients` along the K directions; after `tangent_back`."""
         return {}
 
+    def tangent_of_weights(self, moved: Rows) -> Tensor | None:
+        """Derivatives of the outputs ``[P, 1, ...]`` along name -> ``[P, ...]`` of the weights; before `tangent`."""
+        return None
+
+    def tangent_back_of_weights(self, moved: Rows) -> Tensor | None:
+        """Derivatives of ∂loss/∂inputs along those; None where `first`."""
+        return None
+
+    def pull_weights(self, by_delta: Tensor | None, by_output: Tensor) -> Rows:
+        """∂objective/∂weights, name -> ``[P, ...]``, of what `forward_again` and `backward_again` are given."""
+        return {}
+
     def undone(self) -> Linear | Pointwise | None:
         """What the layer is to one who undoes it; None where it only gives the elements another shape.
 

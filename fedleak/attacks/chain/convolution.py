@@ -143,6 +143,27 @@ class Convolution(Layer):
             found[self.bias] = Dense(t.sum(3))
         return found
 
+    def tangent_of_weights(self, moved: Rows) -> Tensor | None:
+        """``[P, 1, O, H', W']``."""
+        t = moved[self.weight].flatten(2) @ self.patches
+        t = t if self.bias is None else t + moved[self.bias][:, :, None]
+        return t[:, None].unflatten(3, self.size)
+
+    def tangent_back_of_weights(self, moved: Rows) -> Tensor | None:
+        """``[P, 1, C, H, W]``."""
+        return None if self.first else self._unpatch(moved[self.weight].flatten(2).mT @ self.delta)[:, None]
+
+    def pull_weights(self, by_delta: Tensor | None, by_output: Tensor) -> Rows:
+        """Kernel ``[P, O, C·kh·kw]`` and bias ``[P, O]``; of a single sample a problem."""
+        outputs = by_output.flatten(0, 1).flatten(2)
+        weight = outputs @ self.patches.mT
+        if by_delta is not None:
+            weight = weight + self.delta @ self._patches(by_delta.flatten(0, 1)).mT
+        found = {self.weight: weight}
+        if self.bias is not None:
+            found[self.bias] = outputs.sum(2)
+        return found
+
     def undone(self) -> Linear:
         """The convolution by its taps."""
         channels, height, width = self.in_shape

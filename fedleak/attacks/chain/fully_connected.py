@@ -140,6 +140,23 @@ class FullyConnected(Layer):
             found[self.bias] = Dense(self.delta_dot)
         return found
 
+    def tangent_of_weights(self, moved: Rows) -> Tensor | None:
+        """``[P, 1, n_out]``."""
+        t = self.a @ moved[self.weight].mT
+        return t if self.bias is None else t + moved[self.bias][:, None]
+
+    def tangent_back_of_weights(self, moved: Rows) -> Tensor | None:
+        """``[P, 1, n_in]``."""
+        return None if self.first else self.delta @ moved[self.weight]
+
+    def pull_weights(self, by_delta: Tensor | None, by_output: Tensor) -> Rows:
+        """Weight ``[P, n_out, n_in]`` and bias ``[P, n_out]``."""
+        weight = by_output.mT @ self.a
+        found = {self.weight: weight if by_delta is None else weight + self.delta.mT @ by_delta}
+        if self.bias is not None:
+            found[self.bias] = by_output.sum(1)
+        return found
+
     def undone(self) -> Linear:
         """A 1×1 convolution of a 1×1 image."""
         taps = torch.zeros(1, 1, dtype=torch.int64)
