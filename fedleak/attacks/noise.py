@@ -74,7 +74,8 @@ def rounding(target: Target, name: str) -> Tensor:
     if training.payload == "weights":
         step = torch.finfo(torch.float32).eps / 4
         weights = target.parameters[name].double().square().mean().sqrt()
-        square = square + (step * weights / (training.scale or training.lr or 1.0)).square()
+        unknown = training.lr if training.steps is None else None  # see `LocalTraining.mean_gradient`
+        square = square + (step * weights / (training.scale or unknown or 1.0)).square()
     return square.sqrt().clamp(min=1e-30).cpu()
 
 

@@ -1,4 +1,4 @@
-"""Derivatives through a client's own loop over local steps, for chains of layers: exact products, batched over problems.
+"""Derivatives through a client's own loop over local steps, for chains of layers: exact products, batched.
 
 A step's gradient depends on its images and, through the steps before, on the weights. Both are swept through the
 layers as a chain's derivatives are; the optimiser in between is differentiated as it stands.
@@ -21,6 +21,9 @@ from fedleak.attacks.jacobian.base import Jacobian, dense
 from fedleak.attacks.jacobian.chain import ChainModel
 from fedleak.attacks.problem import Target
 from fedleak.training import SGD, LocalTraining, Tensors
+
+_TWINS = 64
+"""Directions that are pushed at once."""
 
 
 @dataclass
@@ -50,8 +53,8 @@ class _Step:
 class LoopModel:
     """P problems of one network, trained alike over several local steps; see `UpdateModel`.
 
-    `push` and `pull` are exact. `jacobian`, which only preconditions, leaves out that a step moves the gradients of
-    later ones.
+    All of it is exact in float64. In float32, which only preconditions, `jacobian` leaves out that a step moves the
+    gradients of later ones: then it costs no more than that of as many single steps.
 
     Args:
         layers: from `read_layers`; they are copied, since they keep state.
@@ -119,7 +122,8 @@ class LoopModel:
 
     def _summed(self, value: Tensor) -> Tensor:
         """Over a problem's samples: ``[P, n]``."""
-        return value.flatten(1).unflatten(0, (-1, self.size)).sum(1)
+        total: Tensor = value.flatten(1).unflatten(0, (-1, self.size)).sum(1)
+        return total
 
     def _advance(self, state: Any, weights: Tensors, gradient: Tensors) -> tuple[Any, Tensors]:
         """What the client's optimiser makes of a gradient."""
@@ -203,7 +207,7 @@ class LoopModel:
             shape[:] = [out, out_spec]
             return tuple(v for v in out if isinstance(v, Tensor))
 
-        _, along = jvp(run, tuple(leaves[i] for i in places), tuple(moves[i] for i in places))
+        along = jvp(run, tuple(leaves[i] for i in places), tuple(moves[i] for i in places))[1]
         out, out_spec = shape
         rest = iter(along)
         after: tuple[Any, Tensors] = pytree.tree_unflatten(
@@ -270,12 +274,15 @@ class LoopModel:
         return a[:, 0].unflatten(0, (-1, self.size)), by_weights
 
     def jacobian(self, basis: Tensor) -> Jacobian:
-        """Derivatives by coordinates in `basis` ``[K, C, H, W]``, the same for every sample."""
+        """Derivatives by coordinates in `basis` ``[K, C, H, W]``, the same for every sample; it still stands there."""
         return Jacobian.join(list(self.jacobians(basis)))
 
     @torch.no_grad()
     def jacobians(self, basis: Tensor) -> Iterator[Jacobian]:
         """The same, one sample of every problem at a time, so that memory is bounded."""
+        if self.dtype == torch.float64:
+            yield from self._exactly(basis.to(self.dtype))
+            return
         leads = self._leads()
         for sample in range(self.batch):
             total: dict[str, Dense | Factored] = {}
@@ -289,6 +296,27 @@ class LoopModel:
                     led = _times(block, leads[number][name] / self.size)
                     total[name] = led if name not in total else Dense(dense(total[name]) + dense(led))
             yield Jacobian(total)
+
+    def _exactly(self, basis: Tensor) -> Iterator[Jacobian]:
+        """By `push`, some directions at a time as if they were problems."""
+        twins, few = [], min(len(basis), _TWINS)
+        for place in range(len(self.images)):
+            twin = copy.copy(self)
+            twin.start = {n: v[place].expand(few, *v.shape[1:]).clone() for n, v in self.start.items()}
+            twin.at(*(v[place : place + 1].expand(few, *v.shape[1:]) for v in (self.images, self.labels)))
+            twins.append(twin)
+        for sample in range(self.batch):
+            each: dict[str, list[Tensor]] = {n: [] for n in self.start}
+            for twin in twins:
+                parts: dict[str, list[Tensor]] = {n: [] for n in self.start}
+                for some in basis.split(few):
+                    directions = torch.zeros(few, *self.images.shape[1:], dtype=self.dtype, device=self.device)
+                    directions[: len(some), sample] = some
+                    for name, value in twin.push(directions).items():
+                        parts[name].append(value[: len(some)])
+                for name, values in parts.items():
+                    each[name].append(torch.cat(values))
+            yield Jacobian({n: Dense(torch.stack(values)[:, None]) for n, values in each.items()})
 
     def _leads(self) -> list[dict[str, Tensor]]:
         """Of every step, how far each element of its gradient moves what is sent, were later gradients not to change:

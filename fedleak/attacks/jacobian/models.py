@@ -13,6 +13,7 @@ from fedleak.attacks.jacobian.base import UpdateModel
 from fedleak.attacks.jacobian.chain import ChainModel
 from fedleak.attacks.jacobian.general import GeneralModel
 from fedleak.attacks.jacobian.imitated import ImitatedModel
+from fedleak.attacks.jacobian.loop import LoopModel
 from fedleak.attacks.problem import Target
 from fedleak.defenses.masking import Mask
 
@@ -50,8 +51,10 @@ def _undefended(
     dtype: torch.dtype,
 ) -> UpdateModel:
     training = targets[0].training
-    if training.single:
+    once = training.single and training.shares is not None
+    if once or (training.steps is not None and training.optimizer is not None):
         layers = read_layers(copy.deepcopy(model).cpu().train(training.training_mode), image_shape)
         if layers is not None:
-            return ChainModel(layers, targets, device=torch.device(device), dtype=dtype)
+            kind = ChainModel if once else LoopModel
+            return kind(layers, targets, device=torch.device(device), dtype=dtype)
     return GeneralModel(model, targets, device=device, dtype=dtype)
