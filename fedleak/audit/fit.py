@@ -41,8 +41,8 @@ def fit(arrays: Mapping[str, Tensor], model: nn.Module) -> Fitted:
     names = _names(arrays, state, [n for n, _ in model.named_parameters()], model)
     found: dict[str, Tensor] = {}
     for key, name in names.items():
-        if arrays[key].shape == state[name]:
-            found[name] = arrays[key]
+        if _same_shape(arrays[key].shape, state[name]):
+            found[name] = arrays[key].reshape(state[name])
     extra = tuple(key for key in arrays if names.get(key) not in found)
     kinds = {str(v.dtype).removeprefix("torch.") for v in found.values() if v.dtype != torch.float32}
     return Fitted(
@@ -52,8 +52,13 @@ def fit(arrays: Mapping[str, Tensor], model: nn.Module) -> Fitted:
         extra=extra,
         dtypes=tuple(sorted(kinds - {"int64", "int32"})),
         exact=all(key == name for key, name in names.items()) and not extra,
-        misshapen=tuple(name for key, name in names.items() if arrays[key].shape != state[name]),
+        misshapen=tuple(name for key, name in names.items() if name not in found),
     )
+
+
+def _same_shape(one: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes are equal, or both of a single number: some ways of storing one give it a dimension."""
+    return one == other or one.numel() == other.numel() == 1
 
 
 def _plain(value: Tensor) -> Tensor:

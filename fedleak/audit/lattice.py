@@ -30,6 +30,7 @@ class Path:
         reach: learning rate × steps (of momentum: times what each step's gradient counts in all).
         samples: N.
         steps: T.
+        weights: what the gradient of each step counts in all; empty where they count alike.
     """
 
     head: Tensor
@@ -39,6 +40,16 @@ class Path:
     reach: float
     samples: int
     steps: int
+    weights: tuple[float, ...] = ()
+
+    @property
+    def mixing(self) -> float:
+        """How far counts err because momentum weighs early batches more, if batches are drawn at random."""
+        if not self.weights:
+            return 0.0
+        steps, share, total = len(self.weights), 1 / len(self.moved), sum(self.weights)
+        uneven = sum((w / total - 1 / steps) ** 2 for w in self.weights)
+        return float((steps * self.samples * uneven * share * (1 - share)) ** 0.5)
 
     @property
     def feature(self) -> Tensor:
@@ -85,7 +96,17 @@ def path(layer: LastLayer, start: Tensors, change: Tensors, training: LocalTrain
     if not float(moved.abs().max()) > 0:
         return None
     head, shift = start[layer.weight].double(), start[layer.bias].double()
-    return Path(head, shift, change[layer.weight].double(), moved, reach, samples, steps)
+    each = tuple(step_weights(training)) if getattr(training.optimizer, "momentum", 0.0) else ()
+    return Path(head, shift, change[layer.weight].double(), moved, reach, samples, steps, each)
+
+
+def step_weights(training: LocalTraining) -> list[float]:
+    """By how many learning rates the gradient of each step moves the weights in all the steps behind it, of SGD."""
+    steps, momentum = training.steps or 1, getattr(training.optimizer, "momentum", 0.0)
+    each = [(1 - momentum ** (steps - t)) / (1 - momentum) for t in range(steps)]
+    if getattr(training.optimizer, "nesterov", False):
+        each = [1 + momentum * weight for weight in each]
+    return each
 
 
 def reach_of(training: LocalTraining) -> float | None:
@@ -95,12 +116,9 @@ def reach_of(training: LocalTraining) -> float | None:
         return None
     if training.payload == "gradient":
         return float(steps)
-    momentum = getattr(optimizer, "momentum", None)
-    if optimizer is None or momentum is None:
+    if optimizer is None or not hasattr(optimizer, "momentum"):
         return None
-    # Step t (from 0) still moves the weights in all the steps behind it.
-    each = [(1 - momentum ** (steps - t)) / (1 - momentum) for t in range(steps)]
-    return float(optimizer.lr * (sum(each) + (momentum * steps if getattr(optimizer, "nesterov", False) else 0.0)))
+    return float(optimizer.lr * sum(step_weights(training)))
 
 
 def misfit(counts: Tensor) -> Tensor:

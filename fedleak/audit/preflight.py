@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.base import Knowledge
+from fedleak.attacks.labels.counting import round_counts
 from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer
 from fedleak.audit.fit import Fitted, fit
 from fedleak.audit.lattice import expected_error, find_factor, misfit, path
@@ -35,6 +36,14 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Claimed:
+    """The class counts that a last layer claims, rounded, and how far they may be off, root mean square."""
+
+    counts: tuple[int, ...]
+    error: float
+
+
+@dataclass(frozen=True)
 class Preflight:
     """What the checks found of one exchange.
 
@@ -46,7 +55,7 @@ class Preflight:
         why: see `usable`.
         factor: by what the update is multiplied to undo what it was shrunk by.
         noise: standard deviation of noise in the last layer's change, None if none was seen.
-        counts: the class counts that the last layer claims, where they are whole numbers.
+        claimed: the class counts that the last layer claims, with error 0 where they are whole numbers.
         assumed: what was taken for granted.
     """
 
@@ -56,7 +65,7 @@ class Preflight:
     why: str | None = None
     factor: float = 1.0
     noise: float | None = None
-    counts: tuple[int, ...] | None = None
+    claimed: Claimed | None = None
     assumed: tuple[str, ...] = ()
 
     @property
@@ -64,6 +73,11 @@ class Preflight:
         """The worst of the checks: a contradiction, then what is unknown."""
         found = {check.verdict for check in self.checks}
         return CONTRADICTS if CONTRADICTS in found else UNKNOWN if UNKNOWN in found else CONSISTENT
+
+    @property
+    def counts(self) -> tuple[int, ...] | None:
+        """The class counts, where the update itself shows that they are right."""
+        return self.claimed.counts if self.claimed is not None and self.claimed.error == 0 else None
 
     @property
     def masked(self) -> bool:
@@ -193,12 +207,9 @@ def _payload(draft: _Draft, returned: Tensors, layer: LastLayer) -> None:
     stated = draft.statement.payload
     start = torch.cat([draft.start[n].flatten() for n in returned]).double()
     value = torch.cat([v.flatten() for v in returned.values()]).double()
-    if float(start.norm()) > 0 and float(value.norm()) > 0:
-        near = float(start @ value / (start.norm() * value.norm()))
-    else:
-        near = 0.0
-    # New weights lie around the old ones; a change or a gradient has no reason to.
-    looks = "weights" if near > 0.5 and float((value - start).norm()) < float(start.norm()) else "change"
+    # New weights hold the old ones, whatever was added; a change or a gradient has no reason to.
+    held = float(start @ value) / float(start @ start) if float(start @ start) > 0 else 0.0
+    looks = "weights" if held > 0.5 else "change"
     draft.payload = stated or looks
     draft.returned = returned
     if float(value.abs().max()) == 0:
@@ -365,11 +376,11 @@ def _finish(
     norm = draft.norm()
     told = next((float(draft.exchange.config[k]) for k in CLIP_KEYS if k in draft.exchange.config), None)
     clip = next((c for c in (told, common) if c is not None and abs(norm / c - 1) < 2e-3), None)
-    factor, counts = 1.0, None
+    factor, claimed = 1.0, None
     if clip is not None:
         draft.say("clip", CONSISTENT, f"clipped: its norm is {norm:.4g}, as that of others is or as the server asked")
     if trace.kind == "linear" and training.steps is not None:
-        factor, counts = _scale(draft, knowledge, layer, training, clip, errors, seed)
+        factor, claimed = _scale(draft, knowledge, layer, training, clip, errors, seed)
     elif clip is not None:
         draft.say("scale", UNKNOWN, "a clipped update tells its true size only without noise")
     if training.optimizer is None and training.payload == "weights" and factor != 1.0:
@@ -394,7 +405,7 @@ def _finish(
         observation,
         factor=factor,
         noise=trace.noise if trace.kind == "noise" else None,
-        counts=counts,
+        claimed=claimed,
         assumed=tuple(draft.assumed),
     )
 
@@ -407,7 +418,7 @@ def _scale(
     clip: float | None,
     errors: dict[object, float],
     seed: int,
-) -> tuple[float, tuple[int, ...] | None]:
+) -> tuple[float, Claimed | None]:
     """Whether the update's class counts are whole numbers from zero; else what factor makes them so."""
     blind = training.optimizer is None and training.payload == "weights"
     trial = replace(training, optimizer=SGD(1.0)) if blind else training
@@ -422,7 +433,7 @@ def _scale(
             draft.say("scale", UNKNOWN, "the update was scaled by an unknown factor, and none stands out")
             return 1.0, None
         draft.say("scale", CONSISTENT, f"{factor[0]:.4g} times larger, the update claims whole numbers of samples")
-        return factor[0], _whole(found.counts(torch.tensor([factor[0]], dtype=torch.float64))[0])
+        return factor[0], Claimed(_whole(found.counts(torch.tensor([factor[0]], dtype=torch.float64))[0]), 0.0)
     if draft.payload == "gradient" or training.samples is None:
         trial = replace(training, payload="gradient")
     key = (draft.exchange.round, trial)
@@ -443,10 +454,11 @@ def _scale(
         draft.say("scale", CONTRADICTS, f"this would mean fractions of samples ({off:.2f} off): {_blame(training)}")
     elif doubt < 0.2:
         draft.say("scale", CONSISTENT, f"the update holds whole numbers of samples ({off:.2f} off)")
-        return 1.0, _whole(claimed[0])
+        return 1.0, Claimed(_whole(claimed[0]), 0.0)
     else:
-        draft.say("scale", UNKNOWN, "possible, but too trained a model to tell exactly")
-    return 1.0, None
+        draft.say("scale", UNKNOWN, "possible, but not told exactly")
+    counts = round_counts(claimed, torch.tensor([found.samples]))[0]
+    return 1.0, Claimed(tuple(counts.tolist()), math.hypot(0.6 * doubt, found.mixing))  # doubt is on the safe side
 
 
 def _blame(training: LocalTraining) -> str:

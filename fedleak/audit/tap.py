@@ -274,7 +274,7 @@ class Recorder:
         metrics = {name: _plain(record, f"metrics/{name}", tensors) for name, record in content.metric_records.items()}
         told: dict[str, Any] = {"arrays": arrays, "configs": configs, "metrics": metrics, "file": None}
         if tensors:
-            data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+            data = save({name: np.require(value, requirements="C") for name, value in tensors.items()})
             told["sha256"] = hashlib.sha256(data).hexdigest()
             if told["sha256"] not in self._kept:
                 self._kept[told["sha256"]] = f"{kind}-{len(self._kept):06d}.safetensors"

@@ -171,7 +171,7 @@ def test_one_bad_update_never_stops_the_others(client, knowledge, monkeypatch):
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr("fedleak.audit.findings._infer", failing)
-    checked = [replace(c, counts=None) for c in checked]
+    checked = [replace(c, claimed=None) for c in checked]
     found = examine(checked, knowledge(True), seconds=0)
     assert calls == [0, 2]
     assert [f.verdict for f in found] == [INCONCLUSIVE, "not attackable", INCONCLUSIVE]

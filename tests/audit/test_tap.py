@@ -107,6 +107,7 @@ def test_the_federation_is_what_it_was_and_a_failing_node_is_on_record(tmp_path)
     tensors = load_file(folder / content["file"])
     assert tensors["configs/c/key/0"].tobytes() == b"abc"
     assert tensors["arrays/arrays/steps"] == 6
+    assert tensors["arrays/arrays/steps"].shape == ()
     np.testing.assert_array_equal(tensors["arrays/arrays/a"], 2 * WEIGHTS["a"])
     models = {row["content"]["file"] for row in rows(folder) if row["kind"] == "sent"}
     assert len(models) == 2, "a model that goes to every node is kept once a round"
