@@ -155,8 +155,8 @@ def _labels(preflight: Preflight, knowledge: Knowledge, errors: dict[object, flo
         counts = inferred.bincount(minlength=knowledge.classes).tolist()
         error = _error(followed, preflight, knowledge, errors, seed)
         if rough is not None:
-            # Made-up images are not the client's own. How far these lie apart, the update tells; beyond some way nothing
-            # that was tried on made-up images says how far one errs.
+            # Made-up images are not the client's own. How far these lie apart, the update tells; beyond some way
+            # nothing that was tried on made-up images says how far one errs.
             lost = rough.error > 1.5 * sum(counts) / knowledge.classes
             error = max(error, rough.error) if lost else math.hypot(error, 0.7 * rough.error)
     total = sum(counts)

@@ -38,7 +38,7 @@ def fit(arrays: Mapping[str, Tensor], model: nn.Module) -> Fitted:
     """Arrays by the model's names; what cannot belong to it is left out and told."""
     state = {name: value.shape for name, value in model.state_dict().items()}
     parameters = {name for name, _ in model.named_parameters()}
-    names = _names(arrays, state, [n for n, _ in model.named_parameters()], model)
+    names = rename(arrays, model)
     found: dict[str, Tensor] = {}
     for key, name in names.items():
         if _same_shape(arrays[key].shape, state[name]):
@@ -66,10 +66,10 @@ def _plain(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _names(
-    arrays: Mapping[str, Tensor], state: Mapping[str, torch.Size], parameters: list[str], model: nn.Module
-) -> dict[str, str]:
-    """Which of the model's names each key stands for."""
+def rename(arrays: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+    """Which of the model's names each key stands for; keys that stand for none are left out."""
+    state = {name: value.shape for name, value in model.state_dict().items()}
+    parameters = [name for name, _ in model.named_parameters()]
     by_name = {key: name for key in arrays if (name := _own_name(key, state)) is not None}
     if by_name and len(set(by_name.values())) == len(by_name) and len(by_name) >= len(arrays) / 2:
         return by_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedleak.attacks.views import shown
+from fedleak.audit.fit import rename
+from fedleak.audit.steps import reconcile
 from fedleak.audit.tap import Passing
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
 from fedleak.federation.records import EXAMPLES, PARTITION, client_record, to_tensors
@@ -22,6 +25,8 @@ from fedleak.federation.strategy import last_line
 from fedleak.rounds import is_due
 from fedleak.threat import ThreatModel
 from fedleak.training import SGD, ClientOptimizer, LocalTraining, Payload, Tensors
+
+log = logging.getLogger("fedleak")
 
 
 class Eavesdropper(Strategy):
@@ -88,12 +93,14 @@ class Eavesdropper(Strategy):
         elif optimizer is not None and lr is not None:
             optimizer = replace(optimizer, lr=lr)
         self.training = LocalTraining(payload, batch_size, local_steps, epochs, optimizer, training_mode, per_sample)
+        self.model = model
         self.names = None if model is None else ([n for n, _ in model.named_parameters()], list(model.state_dict()))
         self.client_of = client_of
         self.every = every
         self.on_round = on_round
         self._sent: dict[int, _Sent] = {}
         self._order: dict[int, int] = {}
+        self._warned: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         if name == "strategy":  # while this object is being made or unpickled
@@ -155,13 +162,11 @@ class Eavesdropper(Strategy):
         return self.strategy.aggregate_evaluate(server_round, replies)
 
     def _named(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Arrays by the model's own names: apps that send plain lists number theirs "0", "1", …"""
-        if self.names is None or set(self.names[0]) <= set(tensors):
+        """Arrays by the model's own names: apps number theirs "0", "1", …, wrap the model, or send a part of it."""
+        if self.model is None:
             return tensors
-        for names in (self.names[1], self.names[0]):
-            if len(names) == len(tensors):
-                return dict(zip(names, tensors.values(), strict=True))
-        return tensors
+        names = rename(tensors, self.model)
+        return {names.get(key, key): value for key, value in tensors.items()}
 
     def _split(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(parameters, buffers) of a model's arrays."""
@@ -174,6 +179,13 @@ class Eavesdropper(Strategy):
             {name: value for name, value in tensors.items() if name in buffers},
         )
 
+    def _whole(self, update: Tensors, sent: _Sent, payload: Payload) -> Tensors:
+        """An update by the model that is known: what did not come back stayed as it was, what is no part of it goes."""
+        if self.names is None or not set(update) & set(sent.parameters):
+            return update
+        frozen = {n: v if payload == "weights" else torch.zeros_like(v) for n, v in sent.parameters.items()}
+        return {name: update.get(name, value) for name, value in frozen.items()}
+
     def _observe(self, server_round: int, reply: Message) -> Observation:
         sent = self._sent.get(reply.metadata.src_node_id, _Sent({}, {}, {}))
         says = client_record(reply)
@@ -184,6 +196,7 @@ class Eavesdropper(Strategy):
             training = self._training(reply, {**sent.config, **says})
             record = next(iter(reply.content.array_records.values()))
             update, buffers = self._split(self._named(to_tensors(record)))
+            update = self._whole(update, sent, training.payload)
             fault = find_fault(update, sent.parameters, per_sample=training.per_sample)
             labels = says.get("labels")
             sorted_labels = torch.tensor(labels, dtype=torch.int64).sort().values if isinstance(labels, list) else None
@@ -200,6 +213,8 @@ class Eavesdropper(Strategy):
         if "local-steps" in says:
             training = replace(training, local_steps=int(says["local-steps"]))
         if "lr" in says:
+            if training.lr is not None and says["lr"] != training.lr and not client_record(reply):
+                self._warn("lr=%s was stated, and the messages say %s, which goes first", training.lr, says["lr"])
             optimizer = SGD(says["lr"]) if training.optimizer is None else replace(training.optimizer, lr=says["lr"])
             training = replace(training, optimizer=optimizer)
         if "proximal-mu" in says:
@@ -209,7 +224,21 @@ class Eavesdropper(Strategy):
         # One of our clients counts right; any other app's batch size is what its wrapper says, where it says one.
         if isinstance(examples, int | float) and (client_record(reply) or training.batch_size is None):
             training = replace(training, batch_size=max(1, round(examples / (training.local_steps or 1))))
+        elif isinstance(examples, int | float) and examples > 0 and training.batch_size is not None:
+            found = reconcile(
+                examples=round(examples), batch_size=training.batch_size, steps=training.steps, epochs=training.epochs
+            )
+            if found.contradiction is not None:
+                self._warn("%s: what was stated cannot be true of this reply", found.contradiction)
+            else:
+                training = replace(training, batch_size=found.batch_size, local_steps=found.local_steps)
         return training
+
+    def _warn(self, words: str, *values: Any) -> None:
+        """Say it once, whatever the number of replies."""
+        if words not in self._warned:
+            self._warned.add(words)
+            log.warning(words, *values)
 
     def _client(self, reply: Message, says: Mapping[str, Any]) -> int:
         node = reply.metadata.src_node_id

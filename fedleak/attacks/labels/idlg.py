@@ -52,7 +52,8 @@ class IDLG(LabelInference):
             if samples != 1:
                 raise UsageError(
                     f"attack/labels=idlg reads the label of a single sample, and {where(observations[index])} holds "
-                    f"{samples}; choose attack/labels=fedleak, or set federation.batch_size=1 and one local step"
+                    f"{samples}; choose attack/labels=fedleak (from Python method='fedleak'), or let clients take one "
+                    "step on one sample (federation.batch_size=1, federation.local_steps=1)"
                 )
         if usable:
             gradients = last_layer_gradients([observations[index] for index in usable], find_last_layer(knowledge))
