@@ -57,7 +57,7 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
     return scenario, attack, setup.engine.build()
 
 
-def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = ()) -> Outcome:
+def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (), *, engine: Any = None) -> Outcome:
     """Simulate a federation with an eavesdropping server, attack what it captured, and judge the result.
 
     Args:
@@ -65,10 +65,12 @@ def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (
         folder: where everything goes; `.hydra/` may be there already.
         console: for progress.
         command: the overrides that repeat the run, for the summary.
+        engine: what to run it on in place of the setup's, such as a `GivenGrid`.
     """
     started = time.perf_counter()
     # 1. Everything that both sides agree on, from the setup alone.
-    scenario, attack, engine = prepare(setup)
+    scenario, attack, usual = prepare(setup)
+    engine = engine or usual
     console.headline(describe(setup))
 
     with tracked(setup, folder) as tracker:

@@ -143,30 +143,38 @@ def _labels(preflight: Preflight, knowledge: Knowledge, errors: dict[object, flo
         unknown = any(check.verdict == UNKNOWN for check in preflight.checks)
         verdict = NOT_SHOWN if empty else INCONCLUSIVE if unknown else NOT_ATTACKABLE
         return Finding(preflight, verdict, preflight.why or "there is no update")
-    if preflight.counts is not None:
-        counts, error = list(preflight.counts), 0.0
-    elif (rough := preflight.claimed) is not None and rough.error < 0.06 * sum(rough.counts):
-        counts, error = list(rough.counts), rough.error
-    elif isinstance(observation.training.optimizer, Adam) and observation.training.payload == "weights":
-        counts, error = _by_signs(observation, knowledge, seed)
-    else:
-        followed = _followed(observation)
-        inferred = _infer(followed, knowledge, seed)
-        counts = inferred.bincount(minlength=knowledge.classes).tolist()
-        error = _error(followed, preflight, knowledge, errors, seed)
-        if rough is not None:
-            # Made-up images are not the client's own. How far these lie apart, the update tells; beyond some way
-            # nothing that was tried on made-up images says how far one errs.
-            lost = rough.error > 1.5 * sum(counts) / knowledge.classes
-            error = max(error, rough.error) if lost else math.hypot(error, 0.7 * rough.error)
+    counts, error, noisy = _counts(preflight, observation, knowledge, errors, seed)
     total = sum(counts)
     accuracy = max(0.0, 1 - 0.4 * error * knowledge.classes / total)  # E|e| = .8 rms, and each error counts twice
     even = total / knowledge.classes
-    # The true counts lie further from an even guess than the inferred ones, by the error.
-    away = sum((count - even) ** 2 for count in counts) / knowledge.classes + error**2
-    guess = max(0.0, 1 - 0.4 * away**0.5 * knowledge.classes / total)
+    # A regression's counts lie nearer to an even guess than the true ones, by its error; noisy ones further away.
+    away = sum((count - even) ** 2 for count in counts) / knowledge.classes + (-1 if noisy else 1) * error**2
+    guess = max(0.0, 1 - 0.4 * max(away, 0.0) ** 0.5 * knowledge.classes / total)
     finding = Finding(preflight, NOT_SHOWN, "", tuple(counts), error, accuracy, guess)
     return _judge(finding)
+
+
+def _counts(
+    preflight: Preflight, observation: Observation, knowledge: Knowledge, errors: dict[object, float], seed: int
+) -> tuple[list[int], float, bool]:
+    """Class counts, how far they may be off (root mean square), and whether that is noise on them, unregressed."""
+    rough = preflight.claimed
+    if rough is not None and rough.error < 0.06 * sum(rough.counts):
+        return list(rough.counts), rough.error, True
+    if rough is not None and rough.error > 0.9 * sum(rough.counts) / knowledge.classes:
+        # So well trained a model tells of its few doubtful samples only, and nothing tried on made-up images says how
+        # far one errs: a guess.
+        total, classes = sum(rough.counts), knowledge.classes
+        even = [total // classes + (c < total % classes) for c in range(classes)]
+        return even, total / classes, False
+    if isinstance(observation.training.optimizer, Adam) and observation.training.payload == "weights":
+        return *_by_signs(observation, knowledge, seed), False
+    followed = _followed(observation)
+    counts = _infer(followed, knowledge, seed).bincount(minlength=knowledge.classes).tolist()
+    error = _error(followed, preflight, knowledge, errors, seed)
+    if rough is not None:
+        error = math.hypot(error, 0.7 * rough.error)  # made-up images are not the client's own
+    return counts, error, False
 
 
 def _judge(finding: Finding) -> Finding:

@@ -342,9 +342,12 @@ def _common_norm(drafts: Sequence[_Draft]) -> float | None:
     norms = [d.norm() for d in drafts if d.why is None and d.trace is not None and d.trace.kind in ("linear", "decay")]
     if len(norms) < 2:
         return None
-    middle = sorted(norms)[len(norms) // 2]
-    at = [n for n in norms if abs(n / middle - 1) < 1e-3]
-    return middle if len(at) >= max(2, len(norms) // 2) else None
+    norms.sort()
+    # Two that agree may be chance; clipped ones agree to the rounding of the weights, and are many.
+    alike = [[n for n in norms if abs(n / one - 1) < 2e-4] for one in norms]
+    most = max(alike, key=len)
+    enough = len(most) == len(norms) and most[-1] / most[0] - 1 < 1e-4
+    return most[len(most) // 2] if enough or len(most) >= max(3, 0.3 * len(norms)) else None
 
 
 def _finish(

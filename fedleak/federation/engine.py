@@ -117,6 +117,23 @@ class LocalEngine:
 
 
 @dataclass(frozen=True)
+class GivenGrid:
+    """A grid that Flower handed to a ServerApp: the clients are elsewhere, in a real deployment say.
+
+    Args:
+        grid, context: what the ServerApp's main was called with.
+    """
+
+    grid: Grid
+    context: Context
+
+    def run(self, server_app: ServerApp, client_app: ClientApp, clients: int) -> None:
+        """Run the server's side of the federation to its end; `client_app` and `clients` are those behind the grid."""
+        quiet_flower()
+        server_app(self.grid, self.context)
+
+
+@dataclass(frozen=True)
 class RayEngine:
     """Flower's simulation on Ray: clients run in parallel processes.
 

@@ -1,5 +1,6 @@
 """Faults that an audit from Python used to have: each has the right value now."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,15 @@ from fedleak.errors import UsageError
 from fedleak.federation.engine import LocalEngine
 
 LABELS = torch.tensor([[1, 3, 3, 7], [0, 2, 5, 9]])
+
+
+@pytest.fixture(autouse=True)
+def heard(monkeypatch):
+    """fedleak's log, which a run under Hydra earlier in this process may have silenced."""
+    log = logging.getLogger("fedleak")
+    monkeypatch.setattr(log, "disabled", False)
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "level", logging.NOTSET)
 
 
 def small_model() -> nn.Module:
