@@ -13,7 +13,7 @@ from fedleak.attacks.labels.bias import Bias
 from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from, round_counts
 from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.ilrg import ILRG
-from fedleak.attacks.labels.last_layer import find_last_layer
+from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer
 from fedleak.attacks.labels.llg import LLG
 from fedleak.attacks.labels.local_steps import as_plain, local_step_counts
 from fedleak.attacks.labels.posterior import Posterior, domain_images, inputs, label_posterior
@@ -24,6 +24,9 @@ from fedleak.attacks.row_space import Found, imagined_atoms, project_features, r
 from fedleak.capture import Observation
 from fedleak.threads import one_thread
 from fedleak.training import SGD, LocalTraining
+
+EXACT = 1e-6
+"""Residual of the row space up to which the features that it found are those of the samples."""
 
 
 class Fedleak(LabelInference):
@@ -112,7 +115,7 @@ class Fedleak(LabelInference):
             found = self._search(some, posterior, knowledge, run)
             posterior = self._doubtful(some, posterior, set(found), knowledge, run.seed)
             for k, (place, guess) in enumerate(zip(rest, guesses_from(posterior.counts, candidates), strict=True)):
-                guesses[place] = _merge(found[k], guess, candidates, evidence.layer.classes) if k in found else guess
+                guesses[place] = _merge(found[k], guess, candidates, evidence.layer) if k in found else guess
         return [guesses[place] for place in range(len(evidence.totals))]
 
     def _doubtful(
@@ -142,44 +145,70 @@ class Fedleak(LabelInference):
             places = (small & once & (evidence.totals == size)).nonzero()[:, 0].tolist()
             for start in range(0, len(places), 4):  # four at a time: memory
                 group = places[start : start + 4]
-                for place, found in zip(group, self._match(_part(evidence, group), knowledge, run), strict=True):
+                searched = search_row_space(
+                    _part(evidence, group),
+                    knowledge,
+                    run,
+                    starts=self.starts,
+                    rounds=self.rounds,
+                    atoms=self.atoms,
+                    device=self.device,
+                )
+                for place, found in zip(group, searched, strict=True):
                     if float(found.residual[0]) < self.believed:
                         believed[place] = found
         return believed
 
-    def _match(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> list[Found]:
-        """Row-space matching of updates with the same batch size."""
-        layer, held = evidence.layer, [observation.parameters for observation in evidence.observations]
-        device, seed = self.device or run.device, run.seed
-        head = torch.stack([parameters[layer.weight] for parameters in held]).double().to(device)
-        shift = torch.stack([parameters[layer.bias] for parameters in held]).double().to(device) if layer.bias else None
-        bias = evidence.bias.to(device) if evidence.bias is not None else None
-        space = row_space(evidence.weight.to(device), bias, head, shift, int(evidence.totals[0]))
 
-        images = domain_images(knowledge, 8, 4, seed)
-        labels = None
-        if knowledge.auxiliary is not None:
-            images, labels = auxiliary_images(knowledge, max(2, 1000 // layer.classes), seed, "fedleak")
-        found = probe(evidence.observations, layer, knowledge, images)
-        features = found.features[found.which].double().to(device)
-        logits = features @ head.transpose(1, 2)
-        if shift is not None:
-            logits = logits + shift[:, None]
-            features = torch.cat([features, torch.ones_like(features[..., :1])], dim=2)
-        real = project_features(space, features, logits)
-        atoms, atom_labels = imagined_atoms(space, real.mean(dim=1), self.atoms, seed)
-        if labels is not None:
-            atom_labels, order = torch.cat([atom_labels, labels.to(device)]).sort(stable=True)
-            atoms = torch.cat([atoms, real], dim=1)[:, order]
-        return search(
-            space,
-            atoms,
-            atom_labels,
-            seed=seed,
-            starts=self.starts,
-            rounds=self.rounds,
-            noise=torch.tensor([_rounding(observation, layer.weight) for observation in evidence.observations]),
-        )
+def search_row_space(
+    evidence: Evidence,
+    knowledge: Knowledge,
+    run: Run,
+    *,
+    starts: int = 256,
+    rounds: int = 6,
+    atoms: int = 2000,
+    device: str | None = None,
+) -> list[Found]:
+    """Labels and features by row-space matching, of updates with the same batch size B < C.
+
+    Args:
+        evidence: N updates.
+        knowledge: auxiliary images of which become atoms.
+        run: its device and seed.
+        starts, rounds, atoms, device: see `Fedleak`.
+    """
+    layer, held = evidence.layer, [observation.parameters for observation in evidence.observations]
+    where, seed = device or run.device, run.seed
+    head = torch.stack([parameters[layer.weight] for parameters in held]).double().to(where)
+    shift = torch.stack([parameters[layer.bias] for parameters in held]).double().to(where) if layer.bias else None
+    bias = evidence.bias.to(where) if evidence.bias is not None else None
+    space = row_space(evidence.weight.to(where), bias, head, shift, int(evidence.totals[0]))
+
+    images = domain_images(knowledge, 8, 4, seed)
+    labels = None
+    if knowledge.auxiliary is not None:
+        images, labels = auxiliary_images(knowledge, max(2, 1000 // layer.classes), seed, "fedleak")
+    found = probe(evidence.observations, layer, knowledge, images)
+    features = found.features[found.which].double().to(where)
+    logits = features @ head.transpose(1, 2)
+    if shift is not None:
+        logits = logits + shift[:, None]
+        features = torch.cat([features, torch.ones_like(features[..., :1])], dim=2)
+    real = project_features(space, features, logits)
+    imagined, atom_labels = imagined_atoms(space, real.mean(dim=1), atoms, seed)
+    if labels is not None:
+        atom_labels, order = torch.cat([atom_labels, labels.to(where)]).sort(stable=True)
+        imagined = torch.cat([imagined, real], dim=1)[:, order]
+    return search(
+        space,
+        imagined,
+        atom_labels,
+        seed=seed,
+        starts=starts,
+        rounds=rounds,
+        noise=torch.tensor([_rounding(observation, layer.weight) for observation in evidence.observations]),
+    )
 
 
 def _part(evidence: Evidence, places: list[int]) -> Evidence:
@@ -255,15 +284,17 @@ def _rounding(observation: Observation, name: str) -> float:
     return float(step * weights.double().square().mean().sqrt() / scale)
 
 
-def _merge(found: Found, guess: LabelGuess, candidates: int, classes: int) -> LabelGuess:
-    """The search's multisets by residual, then those of `guess` that are not among them."""
+def _merge(found: Found, guess: LabelGuess, candidates: int, layer: LastLayer) -> LabelGuess:
+    """The search's multisets by residual, with the features of the first; then those of `guess` not among them."""
     batch = found.labels.shape[1]
     labels = found.labels[:candidates].cpu()
-    freedom = max(1, classes * batch - batch**2)
+    freedom = max(1, layer.classes * batch - batch**2)
     residual = found.residual[: len(labels)].clamp(min=1e-300)
     weights = (residual[0] / residual) ** (freedom / 2)
     others = [row for row in guess.labels if not (labels == row).all(dim=1).any()][: candidates - len(labels)]
     if others:
         labels = torch.cat([labels, torch.stack(others)])
         weights = torch.cat([weights, weights[-1:].expand(len(others)) / 2])
-    return LabelGuess(labels, (weights / weights.sum()).float())
+    exact = float(found.residual[0]) < EXACT
+    features = found.features[0, :, : layer.features].cpu() if exact else None
+    return LabelGuess(labels, (weights / weights.sum()).float(), features)

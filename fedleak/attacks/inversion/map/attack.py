@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.image_prior import ImagePrior, natural_prior, prior_of_images
+from fedleak.attacks.inversion.map.features import images_from_features
 from fedleak.attacks.inversion.map.solver import GaussNewton, Settings, State
 from fedleak.attacks.inversion.map.verdict import calibrated, drowned, expected, noise_level, reason_of
 from fedleak.attacks.inversion.peeling.peeling import closed_form
@@ -114,6 +115,7 @@ class MAP(Inversion):
         firsts = closed_form(observations, guesses, knowledge, run.device)
         problems = [replace(p, start=_usable(p, firsts[p.index], knowledge)) for p in problems]
         work = _Work(self, knowledge, prior, run, len(problems))
+        problems = [work.begun(problem, observations[problem.index]) for problem in problems]
         groups = _groups(problems, prior, knowledge)
         if work.seconds is not None:
             groups = work.survey(groups)
@@ -188,6 +190,13 @@ class _Work:
     def late(self) -> bool:
         """Whether the time is over."""
         return self.seconds is not None and time.perf_counter() - self.began > self.seconds
+
+    def begun(self, problem: Problem, observation: Observation) -> Problem:
+        """The problem with images to start from, where its samples' features tell them and nothing better is there."""
+        if problem.start is not None or self.late() or not _finite(problem):
+            return problem
+        path = self.prior.tempered(_TEMPER)
+        return replace(problem, start=images_from_features(problem, observation, self.knowledge, path, self.run))
 
     def survey(self, groups: list[list[Problem]]) -> list[list[Problem]]:
         """Seek the leading coordinates of large problems, to start from them; the most promising problems first."""
@@ -326,7 +335,7 @@ class _Work:
         return _Answer(images, errors, reasons, misfit, noise_level(precision), spent)
 
     def _point(self, problem: Problem, path: ImagePrior, attempt: int) -> Tensor:
-        """Coordinates ``[B, K]`` that a start begins with: peeled images, or noise about the prior's mean."""
+        """Coordinates ``[B, K]`` that a start begins with: images from elsewhere, or noise about the prior's mean."""
         width = min([*self.attack.settings.stages, path.root.shape[0]])
         if attempt == 0 and problem.start is not None:
             whole = path.coordinates(problem.start.to(path.mean))
