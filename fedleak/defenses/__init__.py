@@ -5,11 +5,13 @@ from fedleak.defenses.clipping import Clipping
 from fedleak.defenses.masking import Masking
 from fedleak.defenses.noise import Gaussian, Laplacian
 from fedleak.defenses.precision import HalfPrecision
+from fedleak.defenses.privacy import DPSGD, LocalDP
 from fedleak.defenses.pruning import Pruning
 from fedleak.defenses.quantisation import Sign, Stochastic, Uniform
 from fedleak.defenses.svd import TruncatedSVD
 
 __all__ = [
+    "DPSGD",
     "Chain",
     "Clipping",
     "Defense",
@@ -17,6 +19,7 @@ __all__ = [
     "HalfPrecision",
     "Imitation",
     "Laplacian",
+    "LocalDP",
     "Masking",
     "NoDefense",
     "Pruning",

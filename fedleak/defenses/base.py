@@ -24,10 +24,13 @@ class Imitation:
             place and differentiable.
         noise: name -> standard deviation, a number or one for each element, of what the observed change differs by from
             `function` of the true one, in the units of the change.
+        flat: whether `function` says nothing more of an update that agrees with the observed one, so that what an
+            update tells is to be read from `noise` alone.
     """
 
     function: Callable[[Tensors], Tensors]
     noise: Mapping[str, Tensor | float]
+    flat: bool = False
 
 
 class Defense:
@@ -84,6 +87,17 @@ class Defense:
         """
         return Imitation(dict, dict.fromkeys(observed, 0.0))
 
+    def epsilon(self, *, rounds: int, local_steps: int, sample_rate: float, delta: float) -> float | None:
+        """ε of (ε, δ)-differential privacy after a whole federation; None where the defense promises none.
+
+        Args:
+            rounds: that a client takes part in.
+            local_steps: of each round.
+            sample_rate: share of the client's samples that a step sees.
+            delta: the δ.
+        """
+        return None
+
 
 class NoDefense(Defense):
     """The update leaves the client as it is."""
@@ -124,6 +138,12 @@ class Chain(Defense):
         for part in self.parts:
             result = part.apply(result, generator=generator)
         return result
+
+    def epsilon(self, *, rounds: int, local_steps: int, sample_rate: float, delta: float) -> float | None:
+        """The least of the parts': what comes after a private release keeps its privacy."""
+        given = {"rounds": rounds, "local_steps": local_steps, "sample_rate": sample_rate, "delta": delta}
+        found = [part.epsilon(**given) for part in self.parts]  # type: ignore[arg-type]
+        return min((value for value in found if value is not None), default=None)
 
     def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation | None:
         """The parts' imitations, each told of the observed update what came out of the last; their noise adds up.

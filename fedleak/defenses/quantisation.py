@@ -12,6 +12,9 @@ from fedleak.defenses.base import Defense, Imitation
 from fedleak.errors import UsageError
 from fedleak.training import LocalTraining, Tensors
 
+_SPREAD = 0.756
+"""Standard deviation of a normal variable's magnitude over its mean: what a sign leaves open."""
+
 
 class Uniform(Defense):
     """Every tensor on evenly spaced levels between minus and plus its largest element; int8 by default.
@@ -157,7 +160,7 @@ def signs(observed: Mapping[str, Tensor]) -> Imitation:
             result[name] = size[name].to(value) * sign[name].to(value) * (1 + wrong)
         return result
 
-    return Imitation(function, {name: 0.5 * float(value) for name, value in size.items()})
+    return Imitation(function, {name: _SPREAD * float(value) for name, value in size.items()}, flat=True)
 
 
 def grid_step(value: Tensor) -> float:

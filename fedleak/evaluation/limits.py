@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from fedleak.attacks.image_prior import ImagePrior
 from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.attacks.jacobian.models import update_model
 from fedleak.attacks.noise import Noise, noise_of
-from fedleak.attacks.problem import Target
+from fedleak.attacks.problem import Target, imitating
 from fedleak.capture import Observation
 from fedleak.defenses import Defense
 from fedleak.limit import Limit, limit
@@ -82,7 +82,8 @@ def limit_of(
     scale = training.scale or 1.0
     imitation = defense.imitate({n: training.sign * scale * v for n, v in gradient.items()}, training)
     assert imitation is not None
-    target = replace(target, noise={name: std / scale for name, std in imitation.noise.items()})
+    flat = imitation.flat  # where guesses that agree look all alike, what is left open counts as noise
+    target = imitating(target, defense) if not flat else replace(target, noise=_scaled(imitation.noise, scale))
     noise = noise_of(target, len(truth.labels))
     rounded = _rounding(target, truth, knowledge)
     if training.payload == "gradient":
@@ -90,10 +91,14 @@ def limit_of(
     return limit(knowledge.model, target, truth.images, truth.labels, prior, noise, unknowns=_UNKNOWNS)
 
 
+def _scaled(noise: Mapping[str, Tensor | float], scale: float) -> dict[str, Tensor | float]:
+    return {name: std / scale for name, std in noise.items()}
+
+
 def _fits(observation: Observation, truth: Truth | None, training: LocalTraining, defense: Defense) -> bool:
     known = defense.imitate({n: torch.zeros_like(v) for n, v in observation.update.items()}, training)
     plain = observation.error is None and not training.per_sample and len(observation.clients) <= 1
-    return plain and truth is not None and known is not None and not defense.per_example
+    return plain and truth is not None and known is not None and (not defense.per_example or training.samples == 1)
 
 
 def _rounding(target: Target, truth: Truth, knowledge: Knowledge) -> dict[str, Tensor]:
