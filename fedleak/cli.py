@@ -30,6 +30,7 @@ HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside,
   fedleak labels [overrides]                compare the label inference methods, fresh networks each run
   fedleak condense [overrides]              condense a data set into a few images a class, by gradient matching
   fedleak audit APP_DIR | CAPTURES [options] what a Flower app's updates give away; fedleak audit --help
+  fedleak frontier [overrides]              what defenses cost, and what leaks through them all the same
   fedleak report DIR [DIR …] [--output F]   one HTML page on a run, or on several side by side
   fedleak list                              the choices of every group
   fedleak --help | --version
@@ -102,6 +103,18 @@ def condense(arguments: list[str]) -> int:
     from fedleak.setup import read_condense
 
     return _through_hydra("condense", "condense", read_condense, arguments)
+
+
+def frontier(arguments: list[str]) -> int:
+    """``fedleak frontier``: what defenses cost and what leaks through them, by settings of its own."""
+    from fedleak.setup import read_frontier
+
+    open_ended = ("frontier.defenses", "frontier.attackers")  # any name may be added to these
+    for word in arguments:
+        if word.lstrip("+~").startswith(("defense", "attack")):
+            raise UsageError(f"{word}: a frontier has many; name them by frontier.defenses and frontier.attackers")
+    arguments = [f"++{word}" if word.startswith(open_ended) else word for word in arguments]
+    return _through_hydra("frontier", "frontier", read_frontier, arguments)
 
 
 def _refuse(setup: Setup, overrides: Sequence[str]) -> None:
@@ -264,6 +277,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": run,
     "attack": attack,
     "labels": labels,
+    "frontier": frontier,
     "condense": condense,
     "audit": audit,
     "report": report,

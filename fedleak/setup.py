@@ -347,6 +347,24 @@ def read_condense(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> S
     return read(plain(compose_config([])) | own | {"study": study})
 
 
+def read_frontier(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
+    """As `read`, of ``conf/frontier.yaml``: its study; defense and attack are the cells' own."""
+    settings = dict(config["frontier"])
+    for name in ("defenses", "attackers"):  # Hydra reads the key none as nothing
+        settings[name] = {"none" if k is None else str(k): v for k, v in (settings[name] or {}).items()}
+    merged = dict(settings)
+    for override in parse(overrides):
+        name = override.key_or_group.removeprefix("frontier.")
+        if name in ("defenses", "attackers") and isinstance(override.value(), dict):
+            # A dictionary that is typed says it all; Hydra would add it to the one there.
+            typed = ["none" if key is None else str(key) for key in override.value()]  # type: ignore[union-attr]
+            settings[name] = {key: merged[name][key] for key in typed}
+    rest = plain(compose_config(search_path(overrides)))
+    own = {key: value for key, value in config.items() if key != "frontier"}
+    study = {"_target_": "fedleak.studies.Frontier", **settings}
+    return read(rest | own | {"study": study}, overrides)
+
+
 def _study(config: Mapping[str, Any], overrides: Sequence[str]) -> Part | None:
     """The config's study with the settings that `quick` asks for, None for a plain run."""
     node = config["study"]

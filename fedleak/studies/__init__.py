@@ -7,6 +7,7 @@ from fedleak.studies.condensation import Condensation
 from fedleak.studies.federations import Cells, cell_setup, check_cells, run_cells
 from fedleak.studies.first_defenses import FirstDefenses
 from fedleak.studies.fresh import FreshNetworks
+from fedleak.studies.frontier import Frontier
 from fedleak.studies.idlg_table1 import IdlgTable1
 from fedleak.studies.labels import LabelInferenceStudy
 from fedleak.studies.limit import LimitStudy
@@ -20,6 +21,7 @@ __all__ = [
     "Condensation",
     "FirstDefenses",
     "FreshNetworks",
+    "Frontier",
     "IdlgTable1",
     "Job",
     "LabelInferenceStudy",

@@ -1,0 +1,197 @@
+"""The frontier: defenses × strengths × seeds, each a federation attacked in several ways, in parallel processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from fedleak import __version__, pipeline
+from fedleak.config import Rule, is_number, whole
+from fedleak.errors import UsageError
+from fedleak.outcome import write_csv, write_json
+from fedleak.setup import named
+from fedleak.studies.base import Job, Study, require
+from fedleak.studies.frontier.cells import CLEAN, COLUMNS, CONTROL, Cell, knob_of, run_cell
+from fedleak.studies.frontier.page import write_page
+from fedleak.studies.frontier.pictures import draw_frontier, draw_images
+from fedleak.studies.frontier.summary import summarise
+
+_ABOVE = Rule(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
+_AUTO = Rule(lambda v: v == "auto" or whole(1).test(v), "a whole number of at least 1, or auto")
+
+
+@dataclass
+class Frontier(Study):
+    """What each defense costs, what every attacker gets through it, and what nobody could.
+
+    Args:
+        defenses: choice of the ``defense`` group -> strengths, values of the setting that its class names in `knob`; an
+            empty list for the choice as it stands. ``none`` and, of it, the control are always there.
+        attackers: name -> overrides that choose an attack and what it is granted.
+        seeds: federations of each defense and strength.
+        moments: rounds whose updates are attacked.
+        victims: updates of each moment.
+        delta: the δ of (ε, δ).
+        processes: cells at a time, or ``auto`` for one a core.
+    """
+
+    defenses: Mapping[str, Sequence[Any] | None]
+    attackers: Mapping[str, Sequence[str]]
+    seeds: int = 1
+    moments: Sequence[int] = (1,)
+    victims: int = 1
+    delta: float = 1e-5
+    processes: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "victims"):
+            require(name, getattr(self, name), whole(1), "frontier")
+        require("delta", self.delta, _ABOVE, "frontier")
+        require("processes", self.processes, _AUTO, "frontier")
+        moments = Rule(
+            lambda v: isinstance(v, list | tuple) and v and all(whole(1).test(m) for m in v), "rounds, from 1"
+        )
+        require("moments", self.moments, moments, "frontier")
+        mapping = Rule(lambda v: isinstance(v, Mapping) and len(v) > 0, "choices with a list each, such as {sign: []}")
+        require("defenses", self.defenses, mapping, "frontier")
+        require("attackers", self.attackers, mapping, "frontier")
+        for name, strengths in self.defenses.items():
+            rule = Rule(
+                lambda v: v is None or isinstance(v, list | tuple), "a list of strengths, [] for the choice as it is"
+            )
+            require(f"defenses.{name}", strengths, rule, "frontier")
+
+    def check(self, job: Job) -> None:
+        """Every cell is composed and prepared, with every attacker, before any runs."""
+        self._fingerprint(job)
+        for cell in self._cells(job):
+            setup = cell.setup()
+            pipeline.prepare(setup)
+            beyond = [moment for moment in self.moments if moment > setup.federation.rounds]
+            if beyond:
+                raise UsageError(
+                    f"frontier.moments={list(self.moments)}: the federation has {setup.federation.rounds} rounds; "
+                    f"leave {beyond[0]} out, or let federation.rounds={beyond[0]}"
+                )
+            for name in self.attackers:
+                attacked = cell.setup(name)
+                if attacked.attack.build() is None:
+                    raise UsageError(f"frontier.attackers.{name}: attacks nothing; choose an attack, see fedleak list")
+                pipeline.prepare(attacked)
+
+    def run(self, job: Job) -> pd.DataFrame:
+        """Run what is not done yet, then write ``frontier.csv``, ``summary.csv``, the pictures and the page."""
+        cells = self._cells(job)
+        write_json({"settings": self._fingerprint(job)}, job.folder / "frontier.json")
+        todo = [cell for cell in cells if not cell.rows.exists()]
+        with job.console.steps("cells", len(cells)) as advance:
+            if len(todo) < len(cells):
+                advance(len(cells) - len(todo), "found done")
+            for name in _side_by_side(todo, self._processes(len(todo))):
+                advance(1, name)
+                self._gather(cells, job)
+        frame = self._gather(cells, job)
+        summary = summarise(frame)
+        write_csv(summary, job.folder / "summary.csv")
+        draw_frontier(summary, job.folder / "frontier.png")
+        draw_images(cells, frame, job.folder / "images.png")
+        write_page(summary, job.folder, list(self.attackers))
+        shown = ["defense", "strength", "attacker", "test_accuracy", "epsilon", "label_accuracy", "mse", "recovered"]
+        return summary[[*shown, "recognised", "limit_mse"]]
+
+    def _gather(self, cells: Sequence[Cell], job: Job) -> pd.DataFrame:
+        """All rows so far, in ``frontier.csv`` too."""
+        parts = [part for cell in cells if cell.rows.exists() and len(part := pd.read_csv(cell.rows))]
+        frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
+        write_csv(frame, job.folder / "frontier.csv")
+        return frame
+
+    def _processes(self, cells: int) -> int:
+        most = os.cpu_count() or 1 if self.processes == "auto" else int(self.processes)
+        return max(1, min(most, cells))
+
+    def _cells(self, job: Job) -> list[Cell]:
+        """Every federation; the undefended one first."""
+        typed = [o for o in job.overrides if not o.lstrip("+~").startswith(("frontier", "output_dir", "seed="))]
+        settings = {f"federation.{key}": value for key, value in vars(job.setup.federation).items()}
+        base = [*typed, *(f"{key}={json.dumps(value)}" for key, value in settings.items())]
+        strengths = {CLEAN: [], **{name: list(values or []) for name, values in self.defenses.items()}}
+        if CONTROL in strengths:
+            raise UsageError(f"frontier.defenses.{CONTROL}: always there; leave it out")
+        parts = named("defense", list(strengths), job.overrides, "frontier.defenses")
+        cells = []
+        for name, values in strengths.items():
+            knob = knob_of(parts[name].target)
+            if values and (knob is None or knob not in parts[name].node):
+                raise UsageError(
+                    f"frontier.defenses.{name}={values}: its class names no knob that is a setting of it, whose values "
+                    "these could be; write []"
+                )
+            for value in values or [None]:
+                strength = 0.0 if name == CLEAN else _strength(value, knob, parts[name].node)
+                own = [f"defense={name}", *([] if value is None else [f"defense.{knob}={value}"])]
+                for seed in range(job.seed, job.seed + self.seeds):
+                    text = name if value is None else f"{name}-{value}"
+                    cells.append(
+                        Cell(
+                            defense=name,
+                            strength=strength,
+                            seed=seed,
+                            overrides=(*base, *own, f"seed={seed}"),
+                            attackers={who: tuple(how) for who, how in self.attackers.items()},
+                            moments=tuple(self.moments),
+                            victims=self.victims,
+                            delta=self.delta,
+                            folder=job.folder / "cells" / f"{text}-seed-{seed}",
+                        )
+                    )
+        return cells
+
+    def _fingerprint(self, job: Job) -> str:
+        """What decides a cell's rows; raises `UsageError` where the folder holds cells of other settings."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("defenses", "seeds", "processes")}
+        own = {
+            k: v for k, v in job.setup.settings.items() if not k.startswith(("study", "output_dir", "seed", "hydra"))
+        }
+        found = hashlib.sha256(json.dumps([kept, own, __version__], sort_keys=True, default=str).encode()).hexdigest()[
+            :12
+        ]
+        path = job.folder / "frontier.json"
+        if path.exists() and json.loads(path.read_text()).get("settings") != found:
+            raise UsageError(
+                f"output_dir={job.folder}: holds a frontier of other settings, which cannot be gone on with; name "
+                "another, or remove it"
+            )
+        return found
+
+
+def _strength(value: Any, knob: str | None, node: Mapping[str, Any]) -> float:
+    """A strength as a number: the setting's, 1 where it is none or a word."""
+    given = value if value is not None else node.get(knob) if knob is not None else None
+    return float(given) if is_number(given) and math.isfinite(given) else 1.0
+
+
+def _side_by_side(cells: Sequence[Cell], processes: int) -> Any:
+    """The names of cells as they finish, some at a time."""
+    if processes <= 1:
+        yield from (run_cell(cell) for cell in cells)
+        return
+    context = multiprocessing.get_context("spawn")  # forked threads of torch would hang
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        futures = [pool.submit(run_cell, cell) for cell in cells]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise

@@ -1,0 +1,120 @@
+"""``fedleak frontier``: its table, its controls, a user's own defense, and going on where it was stopped."""
+
+import pandas as pd
+import pytest
+
+from fedleak.cli import main
+from fedleak.studies.frontier.cells import COLUMNS
+from fedleak.studies.frontier.page import sentence
+from fedleak.studies.frontier.summary import summarise
+
+SMALL = [
+    "data.image_size=16", "federation.clients=2", "federation.rounds=2",
+    "federation.evaluate_every=2", "federation.capture_every=1",
+    "frontier.moments=[2]", "frontier.processes=1",
+    "frontier.attackers={quick: ['attack=idlg', 'attack.restarts=1', 'attack.max_evaluations=5']}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def conf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conf")
+    (folder / "defense").mkdir()
+    (folder / "defense" / "quiet.yaml").write_text(
+        "# hardly any noise\n_target_: fedleak.defenses.Gaussian\nstd: 0.5\n"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frontier(conf, tmp_path_factory):
+    out = tmp_path_factory.mktemp("frontier") / "out"
+    defenses = "frontier.defenses={quiet: [1.0e-9], dpsgd: [2.0]}"
+    arguments = ["frontier", f"--config-dir={conf}", *SMALL, defenses, f"output_dir={out}"]
+    assert main(arguments) == 0
+    return out, arguments
+
+
+def test_the_table(frontier):
+    out, _ = frontier
+    frame = pd.read_csv(out / "frontier.csv")
+    assert tuple(frame.columns) == COLUMNS
+    assert set(frame.defense) == {"none", "control", "quiet", "dpsgd"}
+    assert len(frame) == 4
+    by = frame.set_index("defense")
+    assert by.strength.groupby("defense").first().to_dict() == {
+        "none": 0, "control": 1, "quiet": 1e-9, "dpsgd": 2
+    }  # fmt: skip
+    assert by.test_accuracy.drop("control").between(0, 1).all()
+    assert by.loc["control", ["test_accuracy", "limit_mse"]].isna().all()
+    assert by.epsilon.drop("dpsgd").isna().all()
+    assert by.loc["dpsgd", "epsilon"] > 0
+    assert by.limit_mse.drop("control").gt(0).all()
+    assert by.loc["none", "limit_mse"] < by.loc["dpsgd", "limit_mse"]
+    assert by.loc["none", "limit_bits"] > by.loc["dpsgd", "limit_bits"]
+    assert frame[["mse", "psnr", "ssim", "recovered", "recognised", "label_accuracy"]].notna().to_numpy().all()
+    # Noise of 1e-9 changes nothing that an update of float32 could show.
+    assert by.loc["quiet", "mse"] == pytest.approx(by.loc["none", "mse"], rel=0.5)
+
+
+def test_pictures_page_and_summary(frontier):
+    out, _ = frontier
+    summary = pd.read_csv(out / "summary.csv")
+    assert set(summary.defense) == {"none", "control", "quiet", "dpsgd"}
+    for name in ("frontier.png", "images.png"):
+        assert (out / name).read_bytes()[:4] == b"\x89PNG"
+    page = (out / "frontier.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "http" not in page.replace("https://github.com", "")
+    assert "dpsgd" in page
+
+
+def test_what_is_done_is_not_done_again(frontier, capsys):
+    out, arguments = frontier
+    done = sorted((out / "cells").glob("*/frontier.csv"))
+    before = {path: path.stat().st_mtime_ns for path in done}
+    done[0].unlink()
+    first = pd.read_csv(out / "frontier.csv")
+    assert main(arguments) == 0
+    after = {path: path.stat().st_mtime_ns for path in done}
+    assert [path for path in done if after[path] != before[path]] == [done[0]]
+    pd.testing.assert_frame_equal(pd.read_csv(out / "frontier.csv"), first)
+    assert main([*arguments, "federation.lr=0.2"]) == 2
+    assert "holds a frontier of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("frontier.defenses={gaussan: [1.0]}", "frontier.defenses=gaussan: no such choice of defense"),
+        ("frontier.defenses={gaussian: [-1.0]}", "defense.std=-1.0 is no strength"),
+        ("frontier.defenses={sign: [1.0]}", "frontier.defenses.sign=[1.0]: its class names no knob"),
+        ("frontier.defenses={control: []}", "frontier.defenses.control: always there"),
+        ("frontier.moments=[1,9]", "frontier.moments=[1, 9]: the federation has 2 rounds"),
+        ("frontier.seeds=0", "frontier.seeds=0: must be"),
+        ("frontier.delta=1", "frontier.delta=1: must be a number between 0 and 1"),
+        ("frontier.attackers={none: ['attack=none']}", "frontier.attackers.none: attacks nothing"),
+        ("defense=gaussian", "defense=gaussian: a frontier has many"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(override, message, tmp_path, capsys):
+    assert main(["frontier", *SMALL, override, f"output_dir={tmp_path / 'out'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_the_summary_says_what_is_lost_and_which_defense_leaks_least():
+    rows = [
+        {"defense": d, "strength": s, "attacker": a, "seed": seed, "round": 1, "test_accuracy": acc - 0.001 * seed}
+        | {"epsilon": None, "label_accuracy": 1.0, "mse": mse, "psnr": 10.0, "ssim": 0.5, "recovered": 0.0}
+        | {"recognised": 0.5, "limit_mse": mse / 2, "limit_bits": 10.0}
+        for seed in range(3)
+        for d, s, acc in (("none", 0.0, 0.9), ("mild", 1.0, 0.89), ("hard", 1.0, 0.5))
+        for a, mse in (("one", {"none": 1e-6, "mild": 1e-3, "hard": 1e-1}[d]), ("two", 0.3))
+    ]
+    summary = summarise(pd.DataFrame(rows)).set_index(["defense", "attacker"])
+    assert summary.loc[("mild", "one"), "accuracy_lost"] == pytest.approx(0.01)
+    assert summary.loc[("hard", "one"), "lost_low"] == pytest.approx(0.4)
+    assert summary.loc[("mild", "one"), "mse"] == pytest.approx(1e-3)
+    text = sentence(summary.reset_index())
+    assert "mild 1 leaks least: the best attack (one)" in text
