@@ -55,7 +55,7 @@ def sentence(summary: pd.DataFrame) -> str:
     cheap = best[(best["accuracy_lost"].astype(float) <= 0.02) & ~best["defense"].isin([CLEAN, CONTROL])]
     if not len(cheap):
         return "No defense costs two points of test accuracy or less."
-    row = cheap.loc[cheap["mse"].idxmax()]
+    row = cheap.sort_values("mse").iloc[-1]
     limit = "" if pd.isna(row["limit_mse"]) else f" (possible: {small(float(row['limit_mse']))})"
     return (
         f"Of {len(cheap)} settings that cost at most two points of test accuracy, {row['defense']} {row['strength']:g} "

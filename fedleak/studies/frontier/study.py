@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -58,7 +57,7 @@ class Frontier(Study):
         require("delta", self.delta, _ABOVE, "frontier")
         require("processes", self.processes, _AUTO, "frontier")
         moments = Rule(
-            lambda v: isinstance(v, list | tuple) and v and all(whole(1).test(m) for m in v), "rounds, from 1"
+            lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(whole(1).test(m) for m in v), "rounds, from 1"
         )
         require("moments", self.moments, moments, "frontier")
         mapping = Rule(lambda v: isinstance(v, Mapping) and len(v) > 0, "choices with a list each, such as {sign: []}")
@@ -177,7 +176,7 @@ class Frontier(Study):
 def _strength(value: Any, knob: str | None, node: Mapping[str, Any]) -> float:
     """A strength as a number: the setting's, 1 where it is none or a word."""
     given = value if value is not None else node.get(knob) if knob is not None else None
-    return float(given) if is_number(given) and math.isfinite(given) else 1.0
+    return float(given) if given is not None and is_number(given) else 1.0
 
 
 def _side_by_side(cells: Sequence[Cell], processes: int) -> Any:
