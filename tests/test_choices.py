@@ -72,6 +72,8 @@ def test_model(path):
 def test_defense(path):
     defense = instantiate(OmegaConf.load(path))
     assert isinstance(defense, Defense)
+    if path.stem == "soteria":
+        return  # looks at the client, see tests/defenses/test_looking.py
     update = {"weight": torch.randn(10, 10, generator=torch.Generator().manual_seed(0))}
     after = defense.apply(update, generator=torch.Generator().manual_seed(0))
     assert torch.equal(after["weight"], update["weight"]) == (path.stem == "none" or defense.per_example)

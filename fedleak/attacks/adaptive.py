@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedleak.attacks.base import Knowledge
-from fedleak.defenses.base import Defense, Imitation
+from fedleak.defenses.base import ClientView, Defense, Imitation
 from fedleak.defenses.clipping import Sized
 from fedleak.defenses.masking import Mask
 from fedleak.defenses.precision import FORMATS, rounding
@@ -42,7 +42,8 @@ def seen_through(knowledge: Knowledge, adaptive: bool) -> Knowledge:
 
 def require_imitation(defense: Defense, names: Mapping[str, Tensor], training: LocalTraining) -> None:
     """Raise `UsageError` for a defense that an adaptive attacker was told of and that has no imitation."""
-    if defense.imitate({name: torch.ones_like(value) for name, value in names.items()}, training) is None:
+    seen = defense.seeing(ClientView(names, {}))
+    if seen.imitate({name: torch.ones_like(value) for name, value in names.items()}, training) is None:
         raise UsageError(
             f"attack.adaptive=true: {type(defense).__name__} says nothing of how to imitate it; give it an imitate, or "
             "leave threat.defense=false, so that the attacker goes by what the updates show"
@@ -58,6 +59,9 @@ class NoiseOnly(Defense):
 
     def __init__(self, defense: Defense) -> None:
         self.defense = defense
+
+    def seeing(self, client: ClientView) -> Defense:
+        return NoiseOnly(self.defense.seeing(client))
 
     def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation | None:
         """Its noise, beside an update that is left as it is."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedleak.attacks.base import Knowledge, LabelGuess
 from fedleak.capture import Observation
-from fedleak.defenses.base import Defense
+from fedleak.defenses.base import ClientView, Defense
 from fedleak.defenses.masking import Mask
 from fedleak.errors import UsageError
 from fedleak.training import LocalTraining, Tensors
@@ -122,7 +122,8 @@ def imitating(target: Target, defense: Defense) -> Target:
     if training.scale is None:
         return target
     factor = training.sign * training.scale
-    found = defense.imitate({name: factor * value for name, value in target.update.items()}, training)
+    known = defense.seeing(ClientView(target.parameters, target.buffers))
+    found = known.imitate({name: factor * value for name, value in target.update.items()}, training)
     if found is None:
         return target
     function = found.function

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import jvp
 
 from fedleak.errors import UsageError
@@ -33,6 +33,24 @@ class Imitation:
     flat: bool = False
 
 
+@dataclass(frozen=True)
+class ClientView:
+    """What a defense may look at where it is used: by a client all of it, by an attacker who imitates it, no images.
+
+    Attributes:
+        parameters, buffers: name -> tensor, where the client's training starts.
+        model: the architecture; its own weights mean nothing.
+        images: ``[B, C, H, W]``, the private batches of the round.
+        labels: ``[B]``.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    model: nn.Module | None = None
+    images: Tensor | None = None
+    labels: Tensor | None = None
+
+
 class Defense:
     """Three hooks, of which each by default changes nothing. Subclass it in a file of your own and name it by
     ``_target_``.
@@ -49,6 +67,13 @@ class Defense:
     def per_example(self) -> bool:
         """Whether `examples` does anything, so that clients compute the gradient of every sample."""
         return type(self).examples is not Defense.examples
+
+    def seeing(self, client: ClientView) -> Defense:
+        """Before a round: this defense as it is used on this client, in this round; by default itself.
+
+        For one that goes by the weights or by the private images. The original is never modified.
+        """
+        return self
 
     def examples(self, gradients: Tensors, *, generator: torch.Generator) -> Tensors:
         """Inside a local step: the defended gradients of its samples, whose mean the client then trains with. Pure.
@@ -127,6 +152,9 @@ class Chain(Defense):
     @property
     def per_example(self) -> bool:
         return any(part.per_example for part in self.parts)
+
+    def seeing(self, client: ClientView) -> Defense:
+        return Chain([part.seeing(client) for part in self.parts])
 
     def examples(self, gradients: Tensors, *, generator: torch.Generator) -> Tensors:
         for part in self.parts:

@@ -16,6 +16,7 @@ from fedleak.attacks.noise import Noise, noise_of
 from fedleak.attacks.problem import Target, imitating
 from fedleak.capture import Observation
 from fedleak.defenses import Defense
+from fedleak.defenses.base import ClientView
 from fedleak.limit import Limit, limit
 from fedleak.training import LocalTraining
 from fedleak.truth import Truth
@@ -80,7 +81,8 @@ def limit_of(
     gradient = training.mean_gradient(observation.parameters, observation.update)
     target = Target(observation.parameters, observation.start_buffers, gradient, training)
     scale = training.scale or 1.0
-    imitation = defense.imitate({n: training.sign * scale * v for n, v in gradient.items()}, training)
+    known = defense.seeing(ClientView(target.parameters, target.buffers))
+    imitation = known.imitate({n: training.sign * scale * v for n, v in gradient.items()}, training)
     assert imitation is not None
     flat = imitation.flat  # where guesses that agree look all alike, what is left open counts as noise
     target = imitating(target, defense) if not flat else replace(target, noise=_scaled(imitation.noise, scale))
@@ -96,7 +98,8 @@ def _scaled(noise: Mapping[str, Tensor | float], scale: float) -> dict[str, Tens
 
 
 def _fits(observation: Observation, truth: Truth | None, training: LocalTraining, defense: Defense) -> bool:
-    known = defense.imitate({n: torch.zeros_like(v) for n, v in observation.update.items()}, training)
+    seen = defense.seeing(ClientView(observation.parameters, observation.start_buffers))
+    known = seen.imitate({n: torch.zeros_like(v) for n, v in observation.update.items()}, training)
     plain = observation.error is None and not training.per_sample and len(observation.clients) <= 1
     return plain and truth is not None and known is not None and (not defense.per_example or training.samples == 1)
 

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedleak.defenses.base import leaving
+from fedleak.defenses.base import ClientView, Defense, leaving
 from fedleak.errors import FedleakError
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
 from fedleak.federation.scenario import CLIPPING, Scenario, build_scenario
@@ -71,13 +71,16 @@ def train_once(
     device = scenario.device
     start = {name: received[name].to(device) for name in names}
     random = generator(scenario.seed, "defense", client, server_round)
-    defense, training = scenario.defense, scenario.training_in(server_round)
+    training, model = scenario.training_in(server_round), scenario.model.to(device)
+    buffers = {name: value.to(device) for name, value in received.items() if name not in start}
+    images, labels = images.to(device), labels.to(device)
+    defense = scenario.defense.seeing(ClientView(start, buffers, model, images, labels))
     result = local_update(
-        scenario.model.to(device),
+        model,
         start,
-        {name: value.to(device) for name, value in received.items() if name not in start},
-        images.to(device),
-        labels.to(device),
+        buffers,
+        images,
+        labels,
         training,
         examples=partial(defense.examples, generator=random) if defense.per_example else None,
     )
@@ -85,7 +88,7 @@ def train_once(
     update = {name: value.cpu() for name, value in result.update.items()}
     weights = training.payload == "weights"
     change = {name: value - received[name] for name, value in update.items()} if weights else update
-    defended = defend(scenario, change, random)
+    defended = defend(defense, change, random, each=scenario.threat.per_sample_gradients)
     if weights:
         # Adding the origin back would round what no defense touched.
         defended = {n: update[n] if torch.equal(v, change[n]) else received[n] + v for n, v in defended.items()}
@@ -101,12 +104,12 @@ def train_once(
     )
 
 
-def defend(scenario: Scenario, change: dict[str, Tensor], random: torch.Generator) -> dict[str, Tensor]:
-    """The defended change; where every sample's gradient is shared, each sample's is defended on its own."""
-    if not scenario.threat.per_sample_gradients:
-        return leaving(scenario.defense, change, generator=random)
+def defend(defense: Defense, change: dict[str, Tensor], random: torch.Generator, *, each: bool) -> dict[str, Tensor]:
+    """The defended change; where every sample's gradient is shared, `each` sample's is defended on its own."""
+    if not each:
+        return leaving(defense, change, generator=random)
     samples = [dict(zip(change, values, strict=True)) for values in zip(*change.values(), strict=True)]
-    defended = [leaving(scenario.defense, sample, generator=random) for sample in samples]
+    defended = [leaving(defense, sample, generator=random) for sample in samples]
     return {name: torch.stack([sample[name] for sample in defended]) for name in defended[0]}
 
 
