@@ -19,7 +19,7 @@ class Outpost(Defense):
     """In every local step: the smallest elements of every tensor to zero, and noise on those that tell most.
 
     The noise is normal, with a standard deviation of `noise` times the tensor's risk, min(1, variance of its weights),
-    on the elements whose Fisher information (mean square over samples) is among the largest `fisher` of the whole model.
+    on the elements whose Fisher information (mean square over samples) is among the largest `fisher` of all elements.
     It protects early rounds at a small cost; like any noise it can be averaged over, and what it leaves alone is exact.
 
     Args:
