@@ -11,6 +11,7 @@ from fedleak.studies.frontier import Frontier
 from fedleak.studies.idlg_table1 import IdlgTable1
 from fedleak.studies.labels import LabelInferenceStudy
 from fedleak.studies.limit import LimitStudy
+from fedleak.studies.local_steps import LocalSteps
 from fedleak.studies.mlp_dlg import MlpDlg
 from fedleak.studies.rounds import Rounds
 
@@ -26,6 +27,7 @@ __all__ = [
     "Job",
     "LabelInferenceStudy",
     "LimitStudy",
+    "LocalSteps",
     "MlpDlg",
     "Results",
     "Rounds",

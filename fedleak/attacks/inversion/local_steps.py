@@ -36,6 +36,8 @@ class Unrolled(GradientMatching):
         Dimitrov et al. Data leakage in federated averaging. TMLR 2022.
     """
 
+    needs = frozenset({"hyperparameters"})
+
     def __init__(self, *, orders: int = 1, **settings: Any) -> None:
         if orders < 1:
             raise UsageError(f"inversion.orders={orders}: must be at least 1")

@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedleak.attacks import Knowledge, LabelGuess
+from fedleak.attacks import Attack, Knowledge, LabelGuess
 from fedleak.attacks.base import Run
 from fedleak.attacks.inversion import L2, LBFGS, GradientMatching, Joint, Surrogate, Unrolled
 from fedleak.attacks.inversion.local_steps import arranged
+from fedleak.attacks.labels import Known
 from fedleak.attacks.problem import pose
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.local_update import local_update
 from fedleak.models import LeNet
+from fedleak.threat import ThreatModel
 from fedleak.training import SGD, Adam, LocalTraining
 
 SHAPE = (1, 8, 8)
@@ -165,3 +167,11 @@ def test_several_updates_of_one_batch_are_one_problem():
 def test_impossible_settings_are_refused(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_without_the_client_s_settings_it_says_what_is_missing():
+    attack = Attack(Known(), Unrolled(**TUNED), name="fedavg")
+    with pytest.raises(
+        UsageError, match=r"attack=fedavg \(Unrolled\) needs hyperparameters.*threat.hyperparameters=true"
+    ):
+        attack.check(ThreatModel(labels=True, hyperparameters=False))
