@@ -77,11 +77,14 @@ def parse(text: str, model: nn.Module, image_shape: tuple[int, int, int], classe
     stated = Statement(**settings, source="stated")
     if not functions:
         return stated
-    session = _try(functions[0], stated, model, image_shape, classes)
+    session, made_up = _try(functions[0], stated, model, image_shape, classes)
     seen = by_session(session)
-    # How long it trains depends on the data it is given, which were made up here.
-    epochs = max(1, round(session.steps / _BATCHES))
-    seen = replace(seen, steps=None, batch_size=None, epochs=epochs, source="stated")
+    # How many steps it makes depends on the data it is given, which were made up here, as other arguments may be.
+    seen = replace(seen, steps=None, batch_size=None, source="stated")
+    if "epochs" not in made_up:
+        seen = replace(seen, epochs=max(1, round(session.steps / _BATCHES)))
+    if "lr" in made_up:
+        seen = replace(seen, lr=None)
     return replace(seen, **settings)
 
 
@@ -118,8 +121,12 @@ def _bool(value: str) -> bool:
 
 def _try(
     reference: str, stated: Statement, model: nn.Module, image_shape: tuple[int, int, int], classes: int
-) -> Session:
-    """Watch the app's own training function train a copy of the model on made-up images."""
+) -> tuple[Session, set[str]]:
+    """Watch the app's own training function train a copy of the model on made-up images.
+
+    Returns:
+        What it did, and which of its arguments nobody stated.
+    """
     function = locate(reference.replace(":", "."), "--client")
     if not callable(function):
         raise UsageError(f"--client={reference}: is no function; name the app's training function")
@@ -152,7 +159,8 @@ def _try(
         raise UsageError(f"--client={reference}: failed on made-up images ({type(error).__name__}: {error})") from error
     if not watch.sessions or not watch.sessions[0].steps:
         raise UsageError(f"--client={reference}: made no step with a torch optimiser; state its settings instead")
-    return watch.sessions[0]
+    asked = {_meant(name) for name in arguments}
+    return watch.sessions[0], {name for name in ("epochs", "lr") if name in asked and getattr(stated, name) is None}
 
 
 def _meant(name: str) -> str:

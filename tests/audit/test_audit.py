@@ -79,7 +79,7 @@ def test_a_capture_with_what_its_user_knows_and_the_truth_that_clients_noted(tmp
         fedleak.note_truth(message, session.truth[1], session.truth[0] * 0.5 + 0.5, tmp_path / "truth")
     command = ["audit", str(tmp_path / "captures"), "--model", "quickapp.task:Net", "--normalize", "0.5/0.5"]
     options = ["--truth", str(tmp_path / "truth"), "--output", str(tmp_path / "out"), "--seconds", "0"]
-    for client in ("optimizer=sgd,lr=0.1,batch_size=32,epochs=1", "quickapp.task:train,lr=0.1,batch_size=32"):
+    for client in ("optimizer=sgd,lr=0.1,batch_size=32,epochs=1", "quickapp.task:train,batch_size=32"):
         assert main([*command, "--client", client, *options]) == 3
         found = audited(tmp_path / "out")
         assert [u["labels"]["accuracy"] for u in found["updates"]] == [1.0] * 3
