@@ -77,7 +77,7 @@ class Attack:
         view: View | None = None,
         adaptive: bool = False,
     ) -> None:
-        self.labels = labels
+        self.labels = labels.adapted() if adaptive else labels
         self.inversion = inversion.adapted() if adaptive else inversion
         self.adaptive = adaptive
         self.name = name

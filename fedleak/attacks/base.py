@@ -90,6 +90,10 @@ class LabelInference(ABC):
     most_samples: ClassVar[int | None] = None
     """The most samples an update may hold, None for any number."""
 
+    def adapted(self) -> LabelInference:
+        """The label inference of an adaptive attacker, who expects a defense; by default itself."""
+        return self
+
     @abstractmethod
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1

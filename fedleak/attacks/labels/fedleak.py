@@ -11,6 +11,7 @@ import torch
 from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.bias import Bias
 from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from, round_counts
+from fedleak.attacks.labels.defended import Defended
 from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.ilrg import ILRG
 from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer
@@ -73,6 +74,10 @@ class Fedleak(LabelInference):
         self.believed = believed
         self.doubt = doubt
         self.device = device
+
+    def adapted(self) -> LabelInference:
+        """With another method for batches' updates that have gaps."""
+        return Defended(self)
 
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
