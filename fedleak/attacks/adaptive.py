@@ -79,7 +79,7 @@ class Estimated(Defense):
     - A rank below the shape's: a truncated decomposition.
     - Any of these, and none: the size may have been clipped. Only the direction counts.
 
-    Noise it cannot see; an attack that estimates the noise by itself does.
+    Of noise that is added to an update nothing is said here; an attack that estimates it by itself does so.
     """
 
     def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation:
@@ -90,7 +90,7 @@ class Estimated(Defense):
         found = _grid(observed, large) or _format(observed, large) or _zeros(observed) or _rank(observed)
         sized = Sized(observed)
         if found is None:
-            return Imitation(sized, dict.fromkeys(observed, 0.0))
+            return Imitation(sized, None)
         if found.function is dict:
             return Imitation(sized, found.noise)
         inner = found.function
@@ -162,7 +162,7 @@ def _zeros(observed: Mapping[str, Tensor]) -> Imitation | None:
     kept = {name: value != 0 for name, value in observed.items()}
     if all(float((~mask).float().mean()) < _ZEROS for mask in kept.values() if mask.numel()):
         return None
-    return Imitation(Mask(kept), dict.fromkeys(observed, 0.0))
+    return Imitation(Mask(kept), None)
 
 
 def _rank(observed: Mapping[str, Tensor]) -> Imitation | None:
@@ -174,4 +174,4 @@ def _rank(observed: Mapping[str, Tensor]) -> Imitation | None:
             rank = int((values > _CUT * values[0]).sum())
             if 0 < rank < len(values):
                 ranks[name] = rank
-    return low_rank(observed, ranks) if ranks else None
+    return replace(low_rank(observed, ranks), noise=None) if ranks else None

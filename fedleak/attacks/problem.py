@@ -127,7 +127,7 @@ def imitating(target: Target, defense: Defense) -> Target:
     if found is None:
         return target
     function = found.function
-    noise = {n: std / training.scale for n, std in found.noise.items()}
+    noise = None if found.noise is None else {n: std / training.scale for n, std in found.noise.items()}
     if isinstance(function, Mask):  # whatever the units
         return replace(target, imitate=function, noise=noise)
 

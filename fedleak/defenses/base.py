@@ -23,13 +23,13 @@ class Imitation:
         function: the change that a client would send undefended -> the one that it sends, but for random noise; out of
             place and differentiable.
         noise: name -> standard deviation, a number or one for each element, of what the observed change differs by from
-            `function` of the true one, in the units of the change.
+            `function` of the true one, in the units of the change; None where that cannot be told.
         flat: whether `function` says nothing more of an update that agrees with the observed one, so that what an
             update tells is to be read from `noise` alone.
     """
 
     function: Callable[[Tensors], Tensors]
-    noise: Mapping[str, Tensor | float]
+    noise: Mapping[str, Tensor | float] | None
     flat: bool = False
 
 
@@ -194,7 +194,8 @@ class Chain(Defense):
         for imitation in known:
             spread = {name: torch.zeros_like(value) + noise[name] for name, value in at.items()}
             spread = jvp(imitation.function, (at,), (spread,))[1]
-            noise = {name: (value**2 + imitation.noise[name] ** 2) ** 0.5 for name, value in spread.items()}
+            own = imitation.noise or dict.fromkeys(spread, 0.0)
+            noise = {name: (value**2 + own[name] ** 2) ** 0.5 for name, value in spread.items()}
         return Imitation(function, noise)
 
 

@@ -93,8 +93,8 @@ def limit_of(
     return limit(knowledge.model, target, truth.images, truth.labels, prior, noise, unknowns=_UNKNOWNS)
 
 
-def _scaled(noise: Mapping[str, Tensor | float], scale: float) -> dict[str, Tensor | float]:
-    return {name: std / scale for name, std in noise.items()}
+def _scaled(noise: Mapping[str, Tensor | float] | None, scale: float) -> dict[str, Tensor | float] | None:
+    return None if noise is None else {name: std / scale for name, std in noise.items()}
 
 
 def _fits(observation: Observation, truth: Truth | None, training: LocalTraining, defense: Defense) -> bool:
