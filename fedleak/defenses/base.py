@@ -24,13 +24,13 @@ class Imitation:
             place and differentiable.
         noise: name -> standard deviation, a number or one for each element, of what the observed change differs by from
             `function` of the true one, in the units of the change; None where that cannot be told.
-        flat: whether `function` says nothing more of an update that agrees with the observed one, so that what an
-            update tells is to be read from `noise` alone.
+        spread: where `function` is flat about all that agrees with the observed update, so that what an update tells
+            cannot be read off its derivatives: the standard deviation of the observed one about the true one itself.
     """
 
     function: Callable[[Tensors], Tensors]
     noise: Mapping[str, Tensor | float] | None
-    flat: bool = False
+    spread: Mapping[str, Tensor | float] | None = None
 
 
 @dataclass(frozen=True)

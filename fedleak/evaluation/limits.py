@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -84,17 +84,16 @@ def limit_of(
     known = defense.seeing(ClientView(target.parameters, target.buffers))
     imitation = known.imitate({n: training.sign * scale * v for n, v in gradient.items()}, training)
     assert imitation is not None
-    flat = imitation.flat  # where guesses that agree look all alike, what is left open counts as noise
-    target = imitating(target, defense) if not flat else replace(target, noise=_scaled(imitation.noise, scale))
+    spread = imitation.spread  # where guesses that agree look all alike, what is left open counts as noise
+    if spread is None:
+        target = imitating(target, defense)
+    else:
+        target = replace(target, noise={name: std / scale for name, std in spread.items()})
     noise = noise_of(target, len(truth.labels))
     rounded = _rounding(target, truth, knowledge)
     if training.payload == "gradient":
         noise = Noise({n: _at_least(noise.std[n], target, n, rounded[n]) for n in noise.std}, True)
     return limit(knowledge.model, target, truth.images, truth.labels, prior, noise, unknowns=_UNKNOWNS)
-
-
-def _scaled(noise: Mapping[str, Tensor | float] | None, scale: float) -> dict[str, Tensor | float] | None:
-    return None if noise is None else {name: std / scale for name, std in noise.items()}
 
 
 def _fits(observation: Observation, truth: Truth | None, training: LocalTraining, defense: Defense) -> bool:
