@@ -36,9 +36,8 @@ def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
         mine = best[best["defense"] == name].sort_values("test_accuracy")
         look = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKS[number // len(_COLORS) % len(_MARKS)]}
         left.plot(mine["test_accuracy"], mine["mse"], label=name, linewidth=1.6, **look)
-        left.plot(
-            mine["test_accuracy"], mine["limit_mse"].astype(float), linestyle="--", alpha=0.7, markersize=3, **look
-        )
+        limit = mine["limit_mse"].astype(float)  # a dash where there is but one strength
+        left.plot(mine["test_accuracy"], limit, linestyle="--", marker="_", markersize=14, color=look["color"])
         for _, row in mine.iterrows():
             left.annotate(
                 f"{row['strength']:g}", (row["test_accuracy"], row["mse"]), fontsize=7,
