@@ -289,7 +289,9 @@ def _right(case: Case, finding: Finding) -> bool:
         return False
     if finding.verdict == EXPOSED:
         return finding.label_accuracy >= 0.9
-    return finding.verdict != NOT_SHOWN or finding.label_accuracy < 0.95
+    if finding.verdict == NOT_SHOWN:
+        return finding.label_accuracy < 0.95
+    return finding.label_accuracy >= 0.79  # an even guess on 32 random labels of ten classes
 
 
 def main() -> None:

@@ -179,7 +179,12 @@ def _counts(
 
 def _judge(finding: Finding) -> Finding:
     """The verdict on labels: what the attacker expects to have right, beside what a guess has."""
+    # Counts that are mostly noise look skewed, and an even guess then looks worse than it is on a random batch.
+    total, classes = sum(finding.counts), len(finding.counts)
+    chance = max(0.0, 1 - 0.4 * ((1 - 1 / classes) * classes / max(total, 1)) ** 0.5)
     skill = (finding.accuracy - finding.guess) / max(1 - finding.guess, 1e-9)
+    if finding.accuracy < min(chance, 0.9):
+        skill = 0.0
     blind = [c for c in finding.preflight.checks if c.verdict == UNKNOWN and c.name != "scale"]
     sure = finding.error == 0 or (
         not blind and (finding.accuracy >= 0.95 or (finding.accuracy >= 0.9 and skill >= 0.8))

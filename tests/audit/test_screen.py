@@ -25,7 +25,10 @@ def heard(monkeypatch):
     log = logging.getLogger("fedleak")
     monkeypatch.setattr(log, "disabled", False)
     monkeypatch.setattr(log, "propagate", True)
-    monkeypatch.setattr(log, "level", logging.NOTSET)
+    before = log.level
+    log.setLevel(logging.WARNING)
+    yield
+    log.setLevel(before)
 
 
 def small_model() -> nn.Module:
