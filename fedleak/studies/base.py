@@ -107,22 +107,27 @@ def build_study(setup: Setup) -> Study | None:
 
 
 def run_study(study: Study, job: Job, command: Sequence[str] = ()) -> pd.DataFrame:
-    """Run a study and write ``study.json``, which says how to repeat it. Returns the table to show."""
+    """Run a study and write ``study.json``, which says how to repeat it. Returns the table to show.
+
+    It stands there from the beginning, without `seconds`, so that an interrupted study says what its rows are of.
+    """
     began = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
-    table = study.run(job)
     facts = {
         "study": type(study).__name__,
         "command": shlex.join(command),
         "seed": job.seed,
         "quick": job.setup.quick,
-        "seconds": round(time.perf_counter() - began, 3),
+        "seconds": None,
         "device": device_name(job.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "settings": None if job.setup.study is None else job.setup.study.node,
+        "model": job.setup.model.node,
     }
     write_json(facts, job.folder / "study.json")
+    table = study.run(job)
+    write_json(facts | {"seconds": round(time.perf_counter() - began, 3)}, job.folder / "study.json")
     return table
 
 

@@ -52,6 +52,7 @@ class Condensation(Study):
         seeds: how often the data set is condensed, from the configuration's seed on.
         evaluations: fresh networks trained on each set.
         epochs, augment: of that training, see `fedleak.condensation.Trainer`.
+        judge_width: the ``model.width`` of those networks, None for that of the networks that were matched on.
         key: where the settings stand in the configuration, for error messages.
     """
 
@@ -68,6 +69,7 @@ class Condensation(Study):
     evaluations: int
     epochs: int
     augment: bool
+    judge_width: int | None = None
     key: str = "study"
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class Condensation(Study):
         rules = {"networks": whole(1), "matches": none_or, "train_epochs": none_or, "batch_size": whole(1)}
         rules |= {"lr": POSITIVE, "momentum": share, "start": one_of("noise", "real"), "bounded": YES_NO}
         rules |= {"seeds": whole(1), "evaluations": whole(1), "epochs": whole(1), "augment": YES_NO}
+        rules |= {"judge_width": none_or}
         counts = whole(1) if isinstance(self.images_per_class, int) else list_of(1)
         for name, rule in {"images_per_class": counts, **rules}.items():
             require(name, getattr(self, name), rule, self.key)
@@ -90,6 +93,7 @@ class Condensation(Study):
                 "images; ask for no more than that"
             )
         _network(job.setup.model, data, 0)
+        _network(self._judge(job.setup.model), data, 0)
 
     def run(self, job: Job) -> pd.DataFrame:
         """Write ``results.csv``, ``summary.csv``, ``nearest.csv``, the images and their picture."""
@@ -104,7 +108,9 @@ class Condensation(Study):
                     where = {"data": data.name, "images_per_class": count, "seed": seed}
                     for name, (some, labels) in made.items():
                         for number in range(self.evaluations):
-                            model = _network(job.setup.model, data, derive_seed(seed, "evaluation", number))
+                            model = _network(
+                                self._judge(job.setup.model), data, derive_seed(seed, "evaluation", number)
+                            )
                             accuracy = Trainer(self.epochs, augment=self.augment).accuracy(
                                 model.to(job.device), some, labels, *known[2:], seed=derive_seed(seed, "train", number)
                             )
@@ -120,6 +126,10 @@ class Condensation(Study):
     @property
     def _counts(self) -> list[int]:
         return [self.images_per_class] if isinstance(self.images_per_class, int) else list(self.images_per_class)
+
+    def _judge(self, model: Part) -> Part:
+        """The model of the networks that judge."""
+        return model if self.judge_width is None else Part("model", {**model.node, "width": self.judge_width})
 
     def _condensed(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -33,7 +35,10 @@ from fedleak.threat import ThreatModel
 from fedleak.truth import Truth
 
 CHUNK = 50
-"""Networks attacked in one call; their rows are on disk before the next ones are drawn."""
+"""Networks attacked in one call, if a study does not say."""
+
+PUBLISHED_PROCEDURES = {"attack/inversion=as_published", "attack/inversion=published_code"}
+"""Overrides of the attacks that `FreshNetworks.evaluations` is for."""
 
 SHOWN = ["data", "attack", "batch_size", "networks", "label_accuracy", "recovered"]
 SHOWN += ["converged", "blown_up", "median_mse"]
@@ -48,6 +53,37 @@ class Cell:
     attack: str
     batch_size: int
     networks: int
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row of ``results.csv`` belongs here."""
+        where = row["data"], row["attack"], row["batch_size"]
+        return where == (self.data, self.attack, self.batch_size) and row["network"] < self.networks
+
+
+FREE = ("networks", "fewer", "datasets", "roots", "chunk", "resume", "batch_sizes")
+"""Settings that may differ from those of an interrupted run: its rows do not depend on them."""
+
+
+def earlier_rows(folder: Path, job: Job, said: str) -> list[dict[str, Any]]:
+    """The rows of an interrupted run of the same study.
+
+    Raises:
+        UsageError: there are none, or their settings were others.
+    """
+    if job.folder.absolute() == folder.absolute():
+        raise UsageError(f"study.resume={said}: is output_dir itself; name another output_dir")
+    results, facts = folder / "results.csv", folder / "study.json"
+    if not results.is_file() or not facts.is_file():
+        raise UsageError(f"study.resume={said}: no results.csv and study.json there; name an interrupted run's folder")
+    before = json.loads(facts.read_text())
+    now = {} if job.setup.study is None else dict(job.setup.study.node)
+    was = before["settings"] or {}
+    differing = [key for key in sorted({*now, *was} - set(FREE)) if now.get(key) != was.get(key)]
+    differing += [key for key, value in (("seed", job.seed), ("model", job.setup.model.node)) if before[key] != value]
+    if differing:
+        raise UsageError(f"study.resume={said}: {differing[0]} was another there; give the same, or begin anew")
+    frame = pd.read_csv(results)
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def draw_victims(
@@ -113,6 +149,10 @@ class FreshNetworks(Study):
         datasets: choices of ``data``; None takes the configuration's `data`.
         roots: data set -> the folder of its files, see `load_named`.
         fewer: data set -> attack -> networks, where `networks` would take too long.
+        evaluations: for each batch size, ``attack.max_evaluations`` of the attacks that are chosen with
+            ``attack/inversion=as_published`` or ``published_code``; None for what their overrides say.
+        chunk: networks attacked in one call; their rows are on disk before the next ones are drawn.
+        resume: the run directory of an interrupted run of the same study: its rows are taken, the others computed.
     """
 
     attacks: Mapping[str, Sequence[str]]
@@ -121,6 +161,9 @@ class FreshNetworks(Study):
     datasets: Sequence[str] | None = None
     roots: Mapping[str, str | None] | None = None
     fewer: Mapping[str, Mapping[str, int] | None] | None = None
+    evaluations: Sequence[int] | None = None
+    chunk: int = CHUNK
+    resume: str | None = None
 
     def __post_init__(self) -> None:
         require("batch_sizes", self.batch_sizes, list_of(1))
@@ -129,6 +172,11 @@ class FreshNetworks(Study):
             raise UsageError(
                 f"study.networks={self.networks}: must be one number, or one for each of {self.batch_sizes}"
             )
+        require("chunk", self.chunk, whole(1))
+        if self.evaluations is not None:
+            require("evaluations", self.evaluations, list_of(1))
+            if len(self.evaluations) != len(self.batch_sizes):
+                raise UsageError(f"study.evaluations={self.evaluations}: must be one for each of {self.batch_sizes}")
         named = Rule(lambda v: v is None or (isinstance(v, list) and len(v) > 0), "a list of choices of data")
         require("datasets", self.datasets, named)
         for data, counted in (self.fewer or {}).items():
@@ -141,6 +189,8 @@ class FreshNetworks(Study):
     def check(self, job: Job) -> None:
         """The data are there, and every attack can be made of its overrides and takes the batches."""
         data = self._data(job)
+        if self.resume is not None:
+            earlier_rows(Path(self.resume), job, self.resume)
         for name in data:
             build_model(job.setup.model, data[name].image_shape, data[name].classes, 0)
         for name in self.attacks:
@@ -151,9 +201,13 @@ class FreshNetworks(Study):
         """Attack every cell's networks, a row a network in ``results.csv``; then summary and pictures."""
         data, results = self._data(job), job.results()
         cells = list(self.cells(data))
+        earlier = [] if self.resume is None else earlier_rows(Path(self.resume), job, self.resume)
         with job.console.steps("networks", sum(cell.networks for cell in cells)) as advance:
             for cell in cells:
-                for rows in self._attacked(job, data[cell.data], cell, advance):
+                done = [row for row in earlier if cell.holds(row)]
+                results.add(done)
+                advance(len(done), "taken from the earlier run")
+                for rows in self._attacked(job, data[cell.data], cell, advance, {row["network"] for row in done}):
                     results.add(rows)
         summary = self.summarise(results.frame)
         write_csv(summary, job.folder / "summary.csv")
@@ -210,17 +264,21 @@ class FreshNetworks(Study):
 
     def _attack(self, job: Job, name: str, batch_size: int) -> tuple[Attack, ThreatModel]:
         overrides = [*self.attacks[name], f"federation.batch_size={batch_size}", "federation=fedsgd"]
+        if self.evaluations is not None and PUBLISHED_PROCEDURES & set(overrides):
+            most = self.evaluations[list(self.batch_sizes).index(batch_size)]
+            overrides.append(f"attack.max_evaluations={most}")
         attack, setup = cell_attack(job, f"study.attacks.{name}", overrides)
         return attack, setup.threat
 
     def _attacked(
-        self, job: Job, data: ImageData, cell: Cell, advance: Callable[[int, str], None]
+        self, job: Job, data: ImageData, cell: Cell, advance: Callable[[int, str], None], done: Collection[int] = ()
     ) -> Iterator[list[dict[str, Any]]]:
-        """The rows of one cell, `CHUNK` networks at a time."""
+        """The rows of one cell, `chunk` networks at a time; without those that are `done`."""
         attack, threat = self._attack(job, cell.attack, cell.batch_size)
         what = f"{cell.attack} on {cell.data}, batch size {cell.batch_size}"
-        for first in range(0, cell.networks, CHUNK):
-            numbers = range(first, min(first + CHUNK, cell.networks))
+        left = [number for number in range(cell.networks) if number not in done]
+        for first in range(0, len(left), self.chunk):
+            numbers = left[first : first + self.chunk]
             victims = draw_victims(data, job.setup.model, numbers, cell.batch_size, threat, job.seed)
 
             def tell(state: Progress, first: int = first) -> None:

@@ -14,7 +14,7 @@ from fedleak.errors import UsageError
 from fedleak.federation.scenario import load_data
 from fedleak.instantiate import Part
 from fedleak.setup import compose
-from fedleak.studies import IdlgTable1, Job
+from fedleak.studies import FreshNetworks, IdlgTable1, Job
 from fedleak.studies.fresh import blown_up, draw_victims, judge
 from fedleak.studies.named_data import load_named
 from fedleak.threat import ThreatModel
@@ -103,6 +103,45 @@ def test_the_table_and_the_picture(tmp_path):
     assert sign_rule["label_accuracy_low"] == pytest.approx(6 / (6 + 1.96**2), abs=1e-4)  # Wilson's for all of six
     assert math.isnan(sign_rule["median_mse"])
     assert (tmp_path / "labels.png").stat().st_size > 5_000
+
+
+SMALL_TABLE = ["experiment=idlg_table1", "quick=true", "study.datasets=[digits]"]
+SMALL_TABLE += ["~study.attacks.dlg", "~study.attacks.dlg_restarts", "~study.attacks.idlg", "study.chunk=2"]
+
+
+class Undrawn(FreshNetworks):
+    """Without a picture."""
+
+    def draw(self, frame, summary, job):
+        pass
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path, capsys):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(["run", *SMALL_TABLE, "study.networks=5", f"output_dir={whole}"]) == 0
+    assert main(["run", *SMALL_TABLE, "study.networks=3", f"output_dir={broken}"]) == 0
+    kept = pd.read_csv(broken / "results.csv")
+    kept["seconds"] = 7.0  # what is taken is not computed again
+    kept.iloc[[0, 2]].to_csv(broken / "results.csv", index=False)
+    resumed = [*SMALL_TABLE, "study.networks=5", f"study.resume={broken}"]
+    assert main(["run", *resumed, f"output_dir={tmp_path / 'resumed'}"]) == 0
+    rows = pd.read_csv(tmp_path / "resumed" / "results.csv").sort_values("network", ignore_index=True)
+    assert (rows["seconds"] == 7.0).tolist() == [True, False, True, False, False]
+    expected = pd.read_csv(whole / "results.csv")
+    pd.testing.assert_frame_equal(rows.drop(columns="seconds"), expected.drop(columns="seconds"))
+    for override, message in ((["seed=1"], "seed was another there"), ([f"study.resume={tmp_path}"], "no results.csv")):
+        assert main(["run", *resumed, *override, f"output_dir={tmp_path / 'other'}"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_published_procedures_take_the_evaluations_of_their_batch_size(tmp_path):
+    attacks = {"dlg": ["attack=dlg", "attack/inversion=published_code", "attack.restarts=1"]}
+    study = Undrawn(attacks, 2, batch_sizes=[1, 2], datasets=["digits"], evaluations=[21, 41])
+    study.run(Job(compose([]), [], tmp_path))
+    rows = pd.read_csv(tmp_path / "results.csv")
+    assert rows.groupby("batch_size")["evaluations"].max().to_dict() == {1: 21, 2: 41}
+    with pytest.raises(UsageError, match=r"study\.evaluations=\[21\]: must be one for each of"):
+        IdlgTable1(attacks, 2, batch_sizes=[1, 2], evaluations=[21])
 
 
 @pytest.mark.parametrize(

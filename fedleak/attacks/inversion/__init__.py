@@ -10,12 +10,14 @@ from fedleak.attacks.inversion.peeling import Peeling
 from fedleak.attacks.inversion.priors import ImageNorm, Prior, SmoothTotalVariation, TotalVariation
 from fedleak.attacks.inversion.schedule import InTurn, Schedule, Standing
 from fedleak.attacks.inversion.starts import Grey, Normal, Start, Uniform
+from fedleak.attacks.inversion.stopping import AsPublished, Stopping
 
 __all__ = [
     "L2",
     "LBFGS",
     "MAP",
     "Adam",
+    "AsPublished",
     "Cosine",
     "Elementwise",
     "GradientMatching",
@@ -33,6 +35,7 @@ __all__ = [
     "SmoothTotalVariation",
     "Standing",
     "Start",
+    "Stopping",
     "Surrogate",
     "TotalVariation",
     "Uniform",

@@ -50,6 +50,8 @@ class LBFGS(Optimizer):
         history_size: pairs (s, y) kept; memory is 2 · history_size · D numbers per problem.
         line_search: None takes every step; ``backtracking`` halves a step until the value falls enough (Armijo).
         max_step: longest change of any one unknown in a step, None for no limit.
+        rests: as `torch.optim.LBFGS`, take no step where the gradient's largest element is at most 1e-7, or where the
+            slope along the direction is above −1e-9.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class LBFGS(Optimizer):
         history_size: int = 100,
         line_search: Literal["backtracking"] | None = None,
         max_step: float | None = None,
+        rests: bool = False,
     ) -> None:
+        self.rests = rests
         self.lr = lr
         self.history_size = history_size
         self.line_search = line_search
@@ -102,6 +106,9 @@ class LBFGS(Optimizer):
         move = length[:, None] * self._direction(state, gradient, y, learned)
         if self.max_step is not None:
             move = move * (self.max_step / move.abs().amax(1, keepdim=True)).clamp_max(1.0)
+        if self.rests:
+            moves = (gradient.abs().amax(1) > 1e-7) & ((gradient * move).sum(1) <= -1e-9 * length)
+            move = torch.where(moves[:, None], move, 0.0)
         if self.line_search is None:
             state |= {"steps": state["steps"] + 1, "gradient": gradient, "move": move}
             return x + move
@@ -165,10 +172,8 @@ class LBFGS(Optimizer):
         ring = bool((count > m).any())
         if ring:
             s_g, y_g = s_g.gather(1, order), y_g.gather(1, order)
-            columns = order[:, None, :].expand(-1, used, -1)
-            lines = order[:, :, None].expand(-1, -1, used)
-            sy = sy.gather(1, lines).gather(2, columns)
-            yy = yy.gather(1, lines).gather(2, columns)
+            places = (order[:, :, None] * used + order[:, None, :]).flatten(1)
+            sy, yy = (table.flatten(1).gather(1, places).unflatten(1, (used, used)) for table in (sy, yy))
         diagonal = torch.where(filled, sy.diagonal(dim1=1, dim2=2), 0.0)
         upper = sy.triu() + torch.diag_embed(torch.where(filled, 0.0, 1.0).to(sy.dtype))
         gamma = state["gamma"].to(sy.dtype)[:, None]

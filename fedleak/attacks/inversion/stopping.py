@@ -71,3 +71,35 @@ class Stopping:
         code = torch.where(now.evaluations - marked >= self.patience, 3, code)
         code = torch.where(sane, code, 2)
         return torch.where(now.best <= self.tolerance, 1, code)
+
+
+@dataclass
+class AsPublished(Stopping):
+    """As the code of DLG and iDLG stops: it looks at the objective after every so many evaluations.
+
+    A start that blew up is not ended for that; it may come back. One that `LBFGS` lets rest goes nowhere any more and
+    has stalled, which saves the rest of the budget and changes no result.
+
+    Args:
+        max_evaluations, tolerance: as there; 300 steps are 6,001 evaluations.
+        every: evaluations of a step of `torch.optim.LBFGS`.
+    """
+
+    every: int = 20
+    patience: int = 1 << 62
+    limit: float = float("inf")
+
+    def init(self, x: Tensor) -> dict[str, Tensor]:
+        """What is to be remembered: besides, the last objective and for how long it has been the same."""
+        still = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        return super().init(x) | {"last": x.new_full((len(x),), torch.inf), "still": still}
+
+    def judge(self, state: dict[str, Tensor], now: Evaluated) -> Tensor:
+        """Codes ``[P]``, as there."""
+        code = super().judge(state, now)
+        looks = (now.evaluations > 1) & ((now.evaluations - 1) % self.every == 0)
+        code = torch.where(code == 1, torch.where(now.evaluations >= self.max_evaluations, 4, 0), code)
+        state["still"] = torch.where(now.value == state["last"], state["still"] + 1, 0)
+        state["last"] = now.value
+        code = torch.where((code == 0) & (state["still"] >= self.every), 3, code)
+        return torch.where(looks & (now.value < self.tolerance), 1, code)
