@@ -83,7 +83,8 @@ def earlier_rows(folder: Path, job: Job, said: str) -> list[dict[str, Any]]:
     if differing:
         raise UsageError(f"study.resume={said}: {differing[0]} was another there; give the same, or begin anew")
     frame = pd.read_csv(results)
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return [{str(column): value for column, value in row.items()} for row in rows]
 
 
 def draw_victims(
