@@ -16,7 +16,7 @@ from fedleak.cli import COMMANDS, main
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [path.stem for path in sorted(DOCS.glob("*.md"))]
 NOTEBOOKS = [path.stem for path in sorted((DOCS / "notebooks").glob("*.ipynb"))]
-LONG = {"tutorial", "condensation", "your_own_defense"}
+LONG = {"tutorial", "condensation", "defense", "your_own_defense"}
 FRAGMENTS = {"audit"}
 """Pages whose Python belongs into a user's own app: it is read, the apps of ``tests/apps`` hold it and are run."""
 FENCE = re.compile(
@@ -29,6 +29,12 @@ SMALL = {
     "attack": SHORT,
     "labels": ["labels.runs=1", "labels.batch_sizes=[2]"],
     "audit": ["--seconds", "5"],
+    "frontier": [
+        *("~frontier.defenses.gaussian", "~frontier.defenses.dpsgd"),
+        *("~frontier.defenses.pruning", "~frontier.defenses.clipping", "~frontier.defenses.sign"),
+        *("~frontier.attackers.map", "~frontier.attackers.adaptive", "frontier.moments=[1]", "frontier.processes=1"),
+        *("federation.rounds=2", "federation.clients=2", "federation.capture_every=1", "federation.evaluate_every=1"),
+    ],
     "condense": ["condense.networks=1", "condense.matches=1", "condense.epochs=1", "condense.evaluations=1"],
 }
 """Command -> what makes it short; it stands behind what the manual says, and the last one counts."""
