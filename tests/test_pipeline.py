@@ -50,7 +50,7 @@ def test_a_run_directory_holds_what_the_contract_says(small_run):
     assert attacks.update_residual.max() < 1e-5
     summary = json.loads((small_run / "summary.json").read_text())
     assert summary["command"].startswith("fedleak run attack=idlg federation.clients=2")
-    assert summary["threat"]["withheld"] == ["auxiliary_data", "labels", "per_sample_gradients"]
+    assert summary["threat"]["withheld"] == ["auxiliary_data", "labels", "per_sample_gradients", "defense"]
     assert len(load_reconstructions(small_run)) == 4
 
 
