@@ -134,6 +134,7 @@ def attack_captures(setup: Setup, run_dir: Path, attack: Attack, console: Consol
             knowledge,
             device=setup.torch_device,
             seed=setup.seed,
+            seconds=setup.attack.seconds,
             store=ReconstructionStore(where),
             on_progress=on_progress,
         )

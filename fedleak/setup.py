@@ -97,6 +97,7 @@ class AttackPlan:
         candidates: label multisets to try.
         every, clients: which updates, see `fedleak.rounds.choose_victims`.
         adaptive: whether the attacker's guesses go through the clients' defense.
+        seconds: for the images of all updates together, about; None for as long as they need.
     """
 
     name: str
@@ -107,6 +108,7 @@ class AttackPlan:
     every: int | Literal["auto"]
     clients: int | Literal["all"]
     adaptive: bool = False
+    seconds: float | None = None
 
     def build(self) -> Attack | None:
         """The attack, None for ``attack=none``; raises `UsageError` for parts that cannot be built."""
@@ -305,7 +307,11 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
             "choose strategy=fedavg or fedprox"
         )
     attack = config["attack"]
+    seconds = attack.get("seconds")
+    if seconds is not None and not POSITIVE.test(seconds):
+        raise UsageError(f"attack.seconds={seconds}: must be {POSITIVE.mend}, or null for as long as it takes")
     plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients", "adaptive")}
+    plan["seconds"] = seconds
     for key in ("labels", "inversion", "view"):
         plan[key] = None if attack.get(key) is None else Part(f"attack.{key}", attack[key])
     groups = ("data", "partition", "model", "defense", "adversary", "strategy", "engine", "tracking")

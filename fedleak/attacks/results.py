@@ -31,7 +31,7 @@ class Reconstruction:
         objective: the inversion's objective at `images` (unscaled), NaN where there was no inversion.
         evaluations: objective-and-gradient evaluations, all restarts together.
         seconds: this observation's share of the attack's wall time.
-        stop_reason: a `StopReason`, or an error.
+        stop_reason: a `StopReason`, with `` by `` and the method where one was chosen; or an error.
         restarts: how many starts were used.
         trace: rows (evaluations, objective) where a trace was kept.
         snapshots: rows (evaluations, images ``[B, C, H, W]`` float16 in [0, 1]) where a trace was kept: the best images
@@ -56,7 +56,7 @@ class Reconstruction:
     @property
     def converged(self) -> bool:
         """Whether the search reached its goal."""
-        return self.stop_reason == StopReason.CONVERGED
+        return self.stop_reason.split(" ")[0] == StopReason.CONVERGED
 
     @property
     def labels_only(self) -> bool:

@@ -32,6 +32,8 @@ ATTACK_COLUMNS = (
     "stop_reason",
     "update_residual",
     "limit_bits",
+    "method",
+    "why",
 )
 """Columns of ``attacks.csv``, a row an observation."""
 
@@ -81,6 +83,8 @@ def score(
         "stop_reason": reconstruction.stop_reason,
         "update_residual": update_residual,
         "limit_bits": limit_bits,
+        "method": reconstruction.details.get("method"),
+        "why": reconstruction.details.get("why"),
     }
     if matches is None:
         matches = match(reconstruction, truth, limit_mse=limit_mse)
@@ -102,7 +106,8 @@ def summarise(attacks: pd.DataFrame, leakage: pd.DataFrame, rounds: pd.DataFrame
         updates whose labels alone were attacked: neither recovered nor safe), ``median_mse``, ``median_psnr`` (dB; None
         where the median image is exact, that is infinite); ``median_limit_mse`` (over the images whose limit is known),
         ``median_expected_mse`` (over those that the attacker judged itself), ``limit_bits`` (median over updates);
-        ``evaluations`` and ``attack_seconds`` (totals); ``stop_reasons`` (count of each).
+        ``evaluations`` and ``attack_seconds`` (totals); ``stop_reasons`` (count of each); ``methods`` (the same, where
+        the attack chose one).
     """
     scored, recovered = (_flags(table, "recovered").dropna() for table in (leakage, _tried(attacks, leakage)))
     test_accuracy = _numbers(rounds, "test_accuracy").dropna()
@@ -127,8 +132,18 @@ def summarise(attacks: pd.DataFrame, leakage: pd.DataFrame, rounds: pd.DataFrame
         "limit_bits": _plain(_numbers(attacks, "limit_bits").median()),
         "evaluations": int(_numbers(attacks, "evaluations").sum()),
         "attack_seconds": _plain(_numbers(attacks, "seconds").sum()),
+        "methods": _methods(attacks),
         "stop_reasons": {str(reason): int(count) for reason, count in reasons.value_counts().items()},
     }
+
+
+def _methods(attacks: pd.DataFrame) -> dict[str, int]:
+    """How many updates were rebuilt by which method, and why by that one."""
+    if "why" not in attacks:
+        return {}
+    chosen = attacks.dropna(subset=["why"])
+    said = chosen["method"].astype(str) + ", since " + chosen["why"].astype(str)
+    return {str(text): int(count) for text, count in said.value_counts().items()}
 
 
 def round_table(rounds: pd.DataFrame, attacks: pd.DataFrame, leakage: pd.DataFrame, *, most: int = 12) -> pd.DataFrame:

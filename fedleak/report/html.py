@@ -314,6 +314,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
     ]
     facts += [(word, str(federation[key])) for key, word in words.items() if key in federation]
     facts += [(name, str(s.get(name, settings.get(name, "–")))) for name in ("seed", "device")]
+    facts += [(f"images of {count} updates by", how) for how, count in _mapping(s.get("methods")).items()]
     if isinstance(s.get("seconds"), int | float):
         facts.append(("time, all together", _seconds(s["seconds"])))
     versions = _mapping(s.get("versions"))

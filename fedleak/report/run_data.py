@@ -23,7 +23,13 @@ from fedleak.evaluation.tables import ATTACK_COLUMNS
 from fedleak.truth import TruthStore
 
 ROUND_COLUMNS = ("round", "clients", "train_loss", "test_accuracy", "seconds")
-LATER_COLUMNS = ("limit_mse", "expected_mse", "limit_bits")  # runs from before they were there lack nothing
+LATER_COLUMNS = (
+    "limit_mse",
+    "expected_mse",
+    "limit_bits",
+    "method",
+    "why",
+)  # runs from before they were there lack nothing
 MOST_PROBLEMS = 8
 
 T = TypeVar("T")

@@ -170,6 +170,7 @@ def test_summary(stored):
     assert median == (0, None)
     assert summary == {
         "rounds": 3,
+        "methods": {},
         "final_test_accuracy": 0.75,
         "observations": 3,
         "failed": 1,

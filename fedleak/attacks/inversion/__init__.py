@@ -1,6 +1,9 @@
 """Images from updates: gradient matching, its objectives, priors and optimisers."""
 
+from fedleak.attacks.inversion.chooser import Chooser
+from fedleak.attacks.inversion.features import FeaturesFirst
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.gradinversion import GradInversion
 from fedleak.attacks.inversion.joint import Joint
 from fedleak.attacks.inversion.local_steps import Surrogate, Unrolled
 from fedleak.attacks.inversion.map import MAP
@@ -18,8 +21,11 @@ __all__ = [
     "MAP",
     "Adam",
     "AsPublished",
+    "Chooser",
     "Cosine",
     "Elementwise",
+    "FeaturesFirst",
+    "GradInversion",
     "GradientMatching",
     "Grey",
     "ImageNorm",

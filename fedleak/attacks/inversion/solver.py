@@ -24,7 +24,7 @@ from fedleak.attacks.inversion.stopping import REASONS, Evaluated, Stopping
 from fedleak.attacks.inversion.trace import add_snapshot
 from fedleak.attacks.results import StopReason
 
-_STALLED = REASONS.index(StopReason.STALLED)
+_STALLED, _BUDGET = REASONS.index(StopReason.STALLED), REASONS.index(StopReason.BUDGET)
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Solver:
         self.image_shape = image_shape
         self.classes = classes
         self.seed = run.seed
+        self.deadline = None if run.seconds is None else time.perf_counter() + run.seconds
         self.results = results
         self.coordinates = settings.coordinates.on(image_shape, device=distance.device, dtype=settings.dtype)
         self.queue: deque[Attempt] = deque()
@@ -94,9 +95,17 @@ class Solver:
                 self.queue.extendleft(reversed([start.rewind() for _, start in self._running()]))
             self.slots, self.rows = [], {}
 
+    def _late(self) -> bool:
+        """Whether the time is over."""
+        return self.deadline is not None and time.perf_counter() > self.deadline
+
     def _launch(self, case: Case) -> None:
         """Queue what the schedule wants of a case now; report the case where that is nothing, and nothing runs."""
         schedule, standings = self.settings.schedule, case.standings
+        if standings and self._late():
+            if all(standing.reason is not None for standing in standings):
+                self.results.finish(case)
+            return
         for restart, candidate in schedule.launch(
             tuple(standings), restarts=self.settings.restarts, candidates=case.candidates
         ):
@@ -222,7 +231,8 @@ class Solver:
         now = Evaluated(
             images, value, gradient, own["best"], better, own["evaluations"], self.settings.optimizer.guarded
         )
-        return self.settings.stopping.judge(self.rows["stopping"], now).tolist()
+        codes = self.settings.stopping.judge(self.rows["stopping"], now).tolist()
+        return [code or _BUDGET for code in codes] if self._late() else codes
 
     def _look(self, iteration: int) -> None:
         """Let the schedule look across the starts of every case that runs."""
@@ -265,7 +275,8 @@ class Solver:
             case.seconds += clock - start.clock
             given_up = start in self.dropped
             self.dropped.discard(start)
-            if reason != StopReason.DIVERGED and start.stage + 1 < len(self.settings.anneal) and not given_up:
+            goes_on = start.stage + 1 < len(self.settings.anneal) and not given_up and not self._late()
+            if reason != StopReason.DIVERGED and goes_on:
                 start.before, start.stage, start.point = start.spent(iteration), start.stage + 1, points[place].clone()
                 start.launched, start.clock = 0, 0.0
                 self.queue.appendleft(start)
