@@ -37,7 +37,7 @@ def test_a_run_directory_holds_what_the_contract_says(small_run):
     columns = {
         "rounds": "round,clients,train_loss,test_accuracy,seconds",
         "attacks": "round,client,attack,defense,batch_size,label_accuracy,labels_exact,objective,evaluations,seconds,"
-        "stop_reason,update_residual,limit_bits",
+        "stop_reason,update_residual,limit_bits,method,why",
         "leakage": "round,client,image,label_true,label_inferred,mse,psnr,ssim,recovered,limit_mse,expected_mse",
     }
     for name, header in columns.items():
