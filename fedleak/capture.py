@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedleak import tensorfile
+from fedleak import shards, tensorfile
+from fedleak.capture_index import digest, read_row
 from fedleak.errors import UsageError
+from fedleak.shards import Background
 from fedleak.threat import ThreatModel
 from fedleak.training import SGD, ClientOptimizer, LocalTraining, Tensors
 
-FORMAT = 2
-"""Of the captures on disk: 1 knew no epochs, no optimiser but plain SGD, and did not say its number."""
+FORMAT = 3
+"""Of the captures on disk: 1 knew no epochs, no optimiser but plain SGD, and did not say its number; 1 and 2 had a file
+an update."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Observation:
 def find_fault(
     update: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *, per_sample: bool = False
 ) -> str | None:
-    """Why `update` cannot be an update of `parameters`: a missing name, a wrong shape, a value that is not finite."""
+    """Why `update` is none of `parameters`: a missing name, a wrong shape or dtype, a value that is not finite."""
     missing = sorted(set(parameters) - set(update))
     if missing:
         return f"missing tensor {missing[0]}"
@@ -79,6 +83,8 @@ def find_fault(
         shape = value.shape[1:] if per_sample else value.shape
         if shape != parameters[name].shape:
             return f"wrong shape: {name} is {list(shape)}, expected {list(parameters[name].shape)}"
+        if value.dtype != parameters[name].dtype:
+            return f"wrong dtype: {name} is {value.dtype}, expected {parameters[name].dtype}"
         if not torch.isfinite(value).all():
             return f"not finite: {name}"
     return None
@@ -107,33 +113,54 @@ class CaptureInfo:
 
 
 class CaptureStore:
-    """A folder of observations: safetensors files, `index.jsonl` with a line an observation, and `info.json`.
+    """A folder of observations: a growing file a round, `index.jsonl` with a line an observation, and `info.json`.
 
-    Each distinct model of a round is stored once, whoever it was sent to. Every file's SHA-256 stands in the index, so
-    that a truncated or altered capture is noticed. Only what the threat model grants is ever written.
+    A round's file holds each distinct model that was sent once, whoever it was sent to, and every update, as
+    safetensors blobs one after the other; the index says where each begins. Blobs, index lines and `info.json` carry a
+    SHA-256, and a finished store says how many lines there are, so that a truncated or altered capture is noticed. Only
+    what the threat model grants is ever written.
 
     Example:
         >>> store = CaptureStore.create(Path("captures"), CaptureInfo())
         >>> store.write(observation)
         >>> observations = CaptureStore.open(Path("captures")).load()
+
+    Args:
+        folder, info: as of `create` and `open`, which make stores.
+        written: the format of what is there already.
+        sealed: how many rows there are and their SHA-256, of a finished store.
+        dtype: of updates on disk, None for as they were sent. Of new weights it is their change that is kept.
     """
 
-    def __init__(self, folder: Path, info: CaptureInfo) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        info: CaptureInfo,
+        *,
+        written: int = FORMAT,
+        sealed: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.folder = Path(folder)
         self.info = info
+        self.dtype = dtype
+        self._written = written
+        self._sealed = sealed
         self._sent: list[_Sent] = []
+        self._lines: list[str] = []
+        self._count = 0
+        self._writer = Background()
 
     @classmethod
-    def create(cls, folder: Path, info: CaptureInfo) -> CaptureStore:
+    def create(cls, folder: Path, info: CaptureInfo, *, dtype: torch.dtype | None = None) -> CaptureStore:
         """Start an empty store; raises `UsageError` if `folder` already holds captures."""
         folder = Path(folder)
         if (folder / "index.jsonl").exists():
             raise UsageError(f"{folder}: holds captures already; name another folder, or move these away")
-        tensorfile.write_atomically(
-            folder / "info.json", json.dumps({"format": FORMAT, **asdict(info)}, indent=2).encode()
-        )
+        store = cls(folder, info, dtype=dtype)
+        store._write_info()
         tensorfile.write_atomically(folder / "index.jsonl", b"")
-        return cls(folder, info)
+        return store
 
     @classmethod
     def open(cls, folder: Path) -> CaptureStore:
@@ -143,29 +170,49 @@ class CaptureStore:
             raise UsageError(f"{folder}: no captures here; name the folder of a run that kept some")
         try:
             info = json.loads((folder / "info.json").read_text())
-            written = info.pop("format", 1)
-            shape = info["image_shape"]
-            if not isinstance(written, int) or written > FORMAT:
+            written, check = info.pop("format", 1), info.pop("sha256", None)
+            if isinstance(written, bool) or not isinstance(written, int) or written > FORMAT:
                 raise UsageError(
                     f"{folder / 'info.json'}: format {written}, and this fedleak reads up to {FORMAT}; use a newer one"
                 )
+            if written >= 3 and check != digest(info):
+                raise ValueError("altered since it was written")
+            sealed, shape = info.pop("sealed", None), info["image_shape"]
             info = CaptureInfo(
                 **{**info, "threat": ThreatModel(**info["threat"]), "image_shape": tuple(shape) if shape else None}
             )
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UsageError(f"{folder / 'info.json'}: damaged ({error}); restore it, or repeat the run") from error
-        return cls(folder, info)
+        return cls(folder, info, written=written, sealed=sealed)
+
+    def _write_info(self) -> None:
+        said: dict[str, Any] = asdict(self.info)
+        if self._sealed is not None:
+            said["sealed"] = self._sealed
+        said = json.loads(json.dumps(said))
+        whole = {"format": FORMAT, **said, "sha256": digest(said)}
+        tensorfile.write_atomically(self.folder / "info.json", json.dumps(whole, indent=2).encode())
 
     def write(self, observation: Observation) -> None:
-        """Add one observation; the index line is written last, so that a killed run leaves no half observation."""
+        """Add one observation, and wait until it is on disk."""
+        self.put(observation)
+        self.flush()
+
+    def put(self, observation: Observation) -> None:
+        """Add one observation, written in the background until `flush`.
+
+        Its index line is written last, so that a killed run leaves no half observation.
+
+        Raises:
+            FedleakError: an earlier one could not be written.
+        """
         o, threat = observation, self.info.threat
         sent, training = self._start(o), o.training.seen_by(threat)
-        tensors = {f"update/{k}": v for k, v in o.update.items()} if o.error is None else {}
+        tensors = {f"update/{k}": v for k, v in self._kept(o).items()} if o.error is None else {}
         if threat.buffers:
             tensors |= {f"buffers/{k}": v for k, v in o.buffers.items()}
         if threat.labels and o.labels is not None:
             tensors["labels"] = o.labels
-        name = f"round-{o.round:05d}-client-{o.client:05d}.safetensors"
         row = {
             "round": o.round,
             "client": o.client,
@@ -179,13 +226,39 @@ class CaptureStore:
             "per_sample": training.per_sample,
             "proximal": training.proximal,
             "error": o.error,
-            "start_file": sent.name,
-            "start_sha256": sent.sha256,
-            "update_file": name,
-            "update_sha256": tensorfile.save(self.folder / name, tensors),
+            "change": self.dtype is not None and training.payload == "weights",
         }
-        with (self.folder / "index.jsonl").open("a") as index:
-            index.write(json.dumps(row) + "\n")
+        data = tensorfile.pack_unsealed(tensors)
+        self._writer.put(lambda: self._add(row, sent, data), len(data))
+
+    def _kept(self, o: Observation) -> Mapping[str, Tensor]:
+        """An update as it is stored: of new weights in fewer bits their change, which would else be lost."""
+        if self.dtype is None or o.error is not None:
+            return o.update
+        if o.training.payload == "weights":
+            return {name: (value - o.parameters[name]).to(self.dtype) for name, value in o.update.items()}
+        return {name: value.to(self.dtype) for name, value in o.update.items()}
+
+    def _add(self, row: dict[str, Any], sent: _Sent, data: bytes) -> None:
+        """In the background: an observation's blob, and its index line among those to be written."""
+        path = self._shard(row["round"])
+        begin = shards.append(path, data)
+        row |= {
+            "start_file": path.name,
+            "start_offset": sent.blob.begin,
+            "start_size": sent.blob.size,
+            "start_sha256": sent.blob.sha256,
+            "update_file": path.name,
+            "update_offset": begin,
+            "update_size": len(data),
+            "update_sha256": hashlib.sha256(data).hexdigest(),
+            "row": self._count,
+        }
+        self._count += 1
+        self._lines.append(json.dumps({**row, "check": digest(row)}))
+
+    def _shard(self, round: int) -> Path:
+        return self.folder / f"round-{round:05d}.shard"
 
     def _start(self, o: Observation) -> _Sent:
         """Where the model that `o` started from is kept; the first time a round sends it, it is written."""
@@ -193,21 +266,61 @@ class CaptureStore:
         for sent in self._sent:
             if same_tensors(sent.parameters, o.parameters) and same_tensors(sent.buffers, o.start_buffers):
                 return sent
-        name = f"round-{o.round:05d}" + (f"-sent-to-{o.client:05d}" if self._sent else "") + ".safetensors"
         start = {f"parameters/{k}": v for k, v in o.parameters.items()}
         start |= {f"buffers/{k}": v for k, v in o.start_buffers.items()}
-        sha256 = tensorfile.save(self.folder / name, start)
-        self._sent.append(_Sent(o.round, o.parameters, o.start_buffers, name, sha256))
-        return self._sent[-1]
+        data = tensorfile.pack_unsealed(start)
+        sent = _Sent(o.round, o.parameters, o.start_buffers, _Blob(size=len(data)))
+
+        def write() -> None:
+            sent.blob.begin = shards.append(self._shard(o.round), data)
+            sent.blob.sha256 = hashlib.sha256(data).hexdigest()
+
+        self._writer.put(write, len(data))
+        self._sent.append(sent)
+        return sent
+
+    def end_round(self) -> None:
+        """Have the index lines of all that was `put` written after it, without waiting for that."""
+        self._writer.put(self._write_lines)
+
+    def _write_lines(self) -> None:
+        lines, self._lines = self._lines, []
+        if lines:
+            shards.append(self.folder / "index.jsonl", ("\n".join(lines) + "\n").encode())
+
+    def flush(self) -> None:
+        """Wait until all that was `put` is on disk; raises `FedleakError` if it cannot be."""
+        self.end_round()
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush, and say in `info.json` that nothing is missing."""
+        self.flush()
+        index = (self.folder / "index.jsonl").read_bytes()
+        self._sealed = {"rows": self._count, "sha256": hashlib.sha256(index).hexdigest()}
+        self._write_info()
 
     def rows(self) -> list[dict[str, Any]]:
-        """The index, a dict an observation, sorted by round and client."""
-        rows = []
-        for number, line in enumerate((self.folder / "index.jsonl").read_text().splitlines(), 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UsageError(f"{self.folder / 'index.jsonl'}: line {number} is damaged; remove it") from error
+        """The index, a dict an observation, sorted by round and client.
+
+        Raises:
+            UsageError: a line is damaged, doubled or missing.
+        """
+        path = self.folder / "index.jsonl"
+        data = tensorfile.read_bytes(path)
+        rows, seen = [], set[tuple[int, int]]()
+        for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+            row = read_row(line, None if self._written < 3 else number - 1)
+            if row is None:
+                raise UsageError(f"{path}: line {number} is damaged; restore the file, or remove it from there on")
+            if (row["round"], row["client"]) in seen:
+                raise UsageError(f"{path}: line {number} is there twice; restore the file, or remove one")
+            seen.add((row["round"], row["client"]))
+            rows.append(row)
+        if self._sealed is not None and self._sealed != {"rows": len(rows), "sha256": hashlib.sha256(data).hexdigest()}:
+            raise UsageError(
+                f"{path}: altered since the run ended, which counted {self._sealed.get('rows')} lines; restore the file"
+            )
         return sorted(rows, key=lambda row: (row["round"], row["client"]))
 
     def load(
@@ -225,7 +338,7 @@ class CaptureStore:
         threat = threat or self.info.threat
         for grant in threat.granted:
             # Auxiliary data is not captured from the wire, so it may be granted later.
-            if grant not in ("auxiliary_data", "defense") and not getattr(self.info.threat, grant):
+            if grant != "auxiliary_data" and not getattr(self.info.threat, grant):
                 raise UsageError(f"threat.{grant}=true: {self.folder} was captured without it; repeat the run with it")
         if self.info.threat.view not in ("updates", threat.view):
             raise UsageError(
@@ -235,20 +348,20 @@ class CaptureStore:
         starts: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
         observations = []
         for row in self.rows() if rows is None else rows:
-            if row["start_file"] not in starts:
-                tensors, _ = tensorfile.load(self._path(row["start_file"]), sha256=row["start_sha256"])
-                starts[row["start_file"]] = (_under(tensors, "parameters/"), _under(tensors, "buffers/"))
-            parameters, start_buffers = starts[row["start_file"]]
-            tensors, _ = tensorfile.load(self._path(row["update_file"]), sha256=row["update_sha256"])
+            if row["start_sha256"] not in starts:
+                tensors = self._blob(row, "start")
+                starts[row["start_sha256"]] = (under(tensors, "parameters/"), under(tensors, "buffers/"))
+            parameters, start_buffers = starts[row["start_sha256"]]
+            tensors = self._blob(row, "update")
             observations.append(
                 Observation(
                     round=row["round"],
                     client=row["client"],
                     parameters=parameters,
-                    update=_under(tensors, "update/"),
+                    update=self._whole(under(tensors, "update/"), parameters, row),
                     training=self._training(row).seen_by(threat),
                     start_buffers=start_buffers,
-                    buffers=_under(tensors, "buffers/") if threat.buffers else {},
+                    buffers=under(tensors, "buffers/") if threat.buffers else {},
                     labels=tensors.get("labels") if threat.labels else None,
                     clients=tuple(row.get("clients", ())),
                     error=row["error"],
@@ -256,24 +369,40 @@ class CaptureStore:
             )
         return observations
 
-    def _path(self, name: Any) -> Path:
-        """A file that the index names; none but the store's own are opened."""
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
+    def _blob(self, row: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
+        """The tensors of a row's ``start`` or ``update``; captures before format 3 have a file for each."""
+        name = row[f"{kind}_file"]
+        if not re.fullmatch(r"[\w-][\w.-]*", name):  # none but the store's own files are opened
             raise UsageError(f"{self.folder / 'index.jsonl'}: {name!r} is no file of this store; restore the line")
-        return self.folder / name
+        path = self.folder / name
+        data = tensorfile.read_bytes(path, row.get(f"{kind}_offset", 0), row.get(f"{kind}_size"))
+        return tensorfile.parse(data, path, sha256=row[f"{kind}_sha256"])[0]
+
+    def _whole(self, update: dict[str, Tensor], parameters: Mapping[str, Tensor], row: Mapping[str, Any]) -> Tensors:
+        """An update as it was sent, of one that may have been stored as a change or in fewer bits."""
+        if row["error"] is not None:
+            return update
+        try:
+            full = {name: value.to(parameters[name].dtype) for name, value in update.items()}
+            return {n: parameters[n] + value for n, value in full.items()} if row.get("change") else full
+        except (KeyError, RuntimeError) as error:
+            raise UsageError(f"{self.folder}: the update of {row['client']} fits no model; repeat the run") from error
 
     def _training(self, row: Mapping[str, Any]) -> LocalTraining:
         """How a row says that its client trained; rows of format 1 are of plain SGD for one epoch."""
         optimizer: ClientOptimizer | None = None if row["lr"] is None else SGD(row["lr"])
         if row.get("optimizer") is not None:
-            target = str(row["optimizer"]["_target_"])
+            target = str(row["optimizer"].get("_target_"))
             kind = _known_optimizer(target)
             if kind is None:
                 raise UsageError(
                     f"{self.folder / 'index.jsonl'}: {target} is no ClientOptimizer that is known here, and what a "
                     "capture names is not imported; import its module before loading, or restore the line"
                 )
-            optimizer = kind(**{name: value for name, value in row["optimizer"].items() if name != "_target_"})
+            try:
+                optimizer = kind(**{name: value for name, value in row["optimizer"].items() if name != "_target_"})
+            except Exception as error:  # a class of anyone's, given what a file says
+                raise UsageError(f"{self.folder / 'index.jsonl'}: {target} refuses its line: {error}") from error
         return LocalTraining(
             row["payload"],
             row["batch_size"],
@@ -286,15 +415,23 @@ class CaptureStore:
         )
 
 
+@dataclass
+class _Blob:
+    """Where something is in its file, known once it is written."""
+
+    size: int
+    begin: int = 0
+    sha256: str = ""
+
+
 @dataclass(frozen=True)
 class _Sent:
-    """A model that a round sent, and the file it is in."""
+    """A model that a round sent, and where it is."""
 
     round: int
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
-    name: str
-    sha256: str
+    blob: _Blob
 
 
 def _known_optimizer(target: str) -> type[ClientOptimizer] | None:
@@ -310,5 +447,6 @@ def _node(optimizer: ClientOptimizer) -> dict[str, Any]:
     return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(optimizer)}
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -117,14 +118,16 @@ def frontier(arguments: list[str]) -> int:
     return _through_hydra("frontier", "frontier", read_frontier, arguments)
 
 
-def _refuse(setup: Setup, overrides: Sequence[str]) -> None:
-    """Raise `UsageError` for what cannot work: every part is built, and the data are looked for."""
+def _refuse(setup: Setup, overrides: Sequence[str], folder: Path) -> None:
+    """Raise `UsageError` for what cannot work: every part is built, and the data and the disk are looked at."""
+    from fedleak.footprint import footprint, refuse_folder
     from fedleak.pipeline import prepare
     from fedleak.studies.base import Job, build_study
 
+    refuse_folder(folder)
     study = build_study(setup)
     if study is None:
-        prepare(setup)
+        refuse_folder(folder, footprint(prepare(setup)[0]).bytes)
     else:
         study.check(Job(setup, overrides))
 
@@ -337,14 +340,15 @@ def _through_hydra(
         config = plain(compose_config(one, root))
         if any(override.startswith("output_dir=") for override in overrides):
             _refuse_overwriting(Path(config["output_dir"]))
-        if not any(flag.startswith(("--cfg", "-c", "--info")) for flag in flags):
-            _refuse(read(config, one), one)
+        if not _shows(flags):
+            _refuse(read(config, one), one, Path(config["output_dir"]))
 
     failures: list[BaseException] = []
 
     def guarded(config: DictConfig) -> None:
         # Hydra would print a traceback of its own; one failed job of a sweep must not stop the others either.
         job = HydraConfig.get()
+        _speak_again()
         # Hydra keeps its own overrides apart; the federations of a study need the folders of --config-dir too.
         typed = [*job.overrides.task, *search_path(job.overrides.hydra)]
         try:
@@ -354,12 +358,41 @@ def _through_hydra(
             failures.append(error)
 
     before = sys.argv
-    sys.argv = ["fedleak", *flags, *overrides]
+    named = any(override.startswith(("output_dir=", "hydra.run", "hydra.sweep")) for override in overrides)
+    own = [] if named or _shows(flags) else _own_folder(Path(config["output_dir"]))
+    sys.argv = ["fedleak", *flags, *overrides, *own]
     try:
         hydra.main(config_path=str(conf_dir()), config_name=root, version_base="1.3")(guarded)()
     finally:
         sys.argv = before
     return 0 if not failures else 2 if all(isinstance(f, UsageError) for f in failures) else 1
+
+
+def _shows(flags: Sequence[str]) -> bool:
+    """Whether the configuration is shown and nothing runs."""
+    return any(flag.startswith(("--cfg", "-c", "--info")) for flag in flags)
+
+
+def _own_folder(first: Path) -> list[str]:
+    """Make a folder that no other run has, whoever starts in the same second; the overrides that have Hydra take it."""
+    first.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+    raise AssertionError
+
+
+def _speak_again() -> None:
+    """Hydra's switched-off logging silences every logger that was there before; ours says which clients fail."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.split(".")[0] == "fedleak":
+            logger.disabled = False
+    if not logging.root.handlers:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
 
 
 def _refuse_overwriting(folder: Path) -> None:

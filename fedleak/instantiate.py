@@ -122,5 +122,6 @@ def instantiate(node: Any, key: str) -> Any:
         return target(**values)
     except FedleakError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{key}: {node['_target_']} refused {values}: {error}") from error
+    except Exception as error:  # a class of anyone's, given anything
+        why = f"{error}" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{key}: {node['_target_']} refused {values}: {why}") from error

@@ -24,9 +24,10 @@ from fedleak.facts import describe, facts
 from fedleak.federation.client import make_client_app
 from fedleak.federation.scenario import Scenario, build_scenario, build_strategy, shared_model
 from fedleak.federation.server import RoundRow, make_server_app
+from fedleak.footprint import footprint
 from fedleak.models.check import check_training, hidden_draws
 from fedleak.outcome import Outcome, write_outcome
-from fedleak.rounds import choose_victims
+from fedleak.rounds import NOTHING, choose_victims
 from fedleak.setup import Setup
 from fedleak.tracking import Tracker, finite, tracked
 from fedleak.truth import TruthStore
@@ -42,6 +43,8 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
     """
     attack = setup.attack.build()
     if attack is not None:
+        if setup.capture == NOTHING:
+            raise UsageError("capture: nothing is kept that could be attacked; choose attack=none too, or keep some")
         setup.check_attack(attack)
     scenario = build_scenario(setup)
     smallest = min(setup.federation.batch_size, *(len(part) for part in scenario.parts))
@@ -54,7 +57,10 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
         require_imitation(scenario.defense, dict(scenario.model.named_parameters()), scenario.training)
     build_strategy(scenario)
     setup.tracking.build(Tracker)
-    return scenario, attack, setup.engine.build()
+    engine = setup.engine.build()
+    if not callable(getattr(engine, "run", None)):
+        raise UsageError(f"engine._target_={setup.engine.target}: gives no engine; see fedleak list")
+    return scenario, attack, engine
 
 
 def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (), *, engine: Any = None) -> Outcome:
@@ -72,12 +78,17 @@ def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (
     scenario, attack, usual = prepare(setup)
     engine = engine or usual
     console.headline(describe(setup))
+    _say_beforehand(scenario, console)
+    missing = 0
 
     with tracked(setup, folder) as tracker:
         # 2. The federation: clients train, the eavesdropper keeps every update.
         with console.federation(scenario.federation.rounds) as show:
+            expected = max(1, round(scenario.federation.fraction * scenario.federation.clients))
 
             def on_row(row: RoundRow) -> None:
+                nonlocal missing
+                missing += expected - row.clients
                 show(row)
                 learned = {"test_accuracy": row.test_accuracy, "train_loss": row.train_loss}
                 tracker.log(row.round, finite(learned, "federation/"))
@@ -85,6 +96,8 @@ def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (
             server_app = make_server_app(scenario, folder, on_row=on_row)
             client_app = make_client_app(setup, folder.absolute() / "truth")
             engine.run(server_app, client_app, scenario.federation.clients)
+        if missing:
+            console.headline(f"{missing} answers of clients were not averaged, for the reasons said above")
 
         # 3. The attack, on all captured rounds in one call; it sees the captures and nothing else.
         attacked = None if attack is None else attack_captures(setup, folder, attack, console)
@@ -94,6 +107,19 @@ def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (
         judgement = Judgement() if attacked is None else judge(attacked, truths, setup)
         said = facts(setup, time.perf_counter() - started, command)
         return write_outcome(judgement, folder, folder, said, tracker)
+
+
+def _say_beforehand(scenario: Scenario, console: Console) -> None:
+    """What a run will take, and what of the configuration will not be as it reads."""
+    if scenario.keep != NOTHING:
+        console.headline(str(footprint(scenario)))
+    size, held = scenario.federation.batch_size, [len(part) for part in scenario.parts]
+    few = sum(count < size for count in held)
+    if few:
+        console.headline(
+            f"federation.batch_size={size}: {few} of {len(held)} clients hold fewer images (the least {min(held)}) "
+            "and train on all that they have"
+        )
 
 
 def attack_again(setup: Setup, run_dir: Path, folder: Path, console: Console, command: Sequence[str] = ()) -> Outcome:

@@ -20,6 +20,7 @@ from fedleak.config import (
     compose_config,
     flat,
     is_number,
+    list_of,
     one_of,
     parse,
     plain,
@@ -29,7 +30,7 @@ from fedleak.config import (
 )
 from fedleak.errors import UsageError
 from fedleak.instantiate import Part
-from fedleak.rounds import is_due
+from fedleak.rounds import NOTHING, Keep, is_due
 from fedleak.threat import GRANTS, VIEWS, ThreatModel
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Setup:
     """A run as configured: small, frozen, and the same in every process; `Part`s are built where they are needed.
 
     Attributes:
+        capture: which updates are kept.
         study: a published table or figure instead of one federation, with its short settings where `quick` says so.
         device: ``auto``, ``cpu`` or ``cuda``.
         limit: whether to say how much each update can leak at most.
@@ -149,6 +151,7 @@ class Setup:
     tracking: Part
     attack: AttackPlan
     study: Part | None
+    capture: Keep
     auxiliary: str | None
     settings: Mapping[str, str] = field(compare=False)
 
@@ -214,8 +217,14 @@ def _whole_or(word: str) -> Rule:
 
 BELOW_ONE = Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0, below 1")
 
+
+def _chosen(least: int) -> Rule:
+    one, several = whole(0), list_of(least)
+    return Rule(lambda v: v == "all" or one.test(v) or several.test(v), f"all, {one.mend}, or {several.mend}")
+
+
 RULES: Mapping[str, Rule] = {
-    "seed": whole(0),
+    "seed": Rule(lambda v: whole(0).test(v) and v < 2**63, "a whole number from 0, below 2**63"),
     "quick": YES_NO,
     "device": one_of("auto", "cpu", "cuda"),
     "limit": Rule(lambda v: v in ("auto", "off") or v is False, "one of auto, off"),  # YAML reads off as false
@@ -243,7 +252,9 @@ RULES: Mapping[str, Rule] = {
     "federation.eps": POSITIVE,
     "federation.weight_decay": Rule(lambda v: is_number(v) and 0 <= v < float("inf"), "a number from 0"),
     "federation.lr_decay": Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
-    "attack.name": Rule(lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+-]+", v) is not None, "a plain name"),
+    "attack.name": Rule(
+        lambda v: isinstance(v, str) and re.fullmatch(r"[\w+-][\w.+-]*", v) is not None, "a plain name"
+    ),
     "attack.restarts": whole(1),
     "attack.max_evaluations": whole(1),
     "attack.every": _whole_or("auto"),
@@ -252,10 +263,21 @@ RULES: Mapping[str, Rule] = {
     "attack.clients": _whole_or("all"),
     **{f"threat.{name}": YES_NO for name in GRANTS},
     "threat.view": one_of(*VIEWS),
+    "capture.clients": _chosen(0),
+    "capture.rounds": _chosen(1),
+    "capture.dtype": Rule(
+        lambda v: v in (None, "float16", "bfloat16", "float32"), "float16, bfloat16, float32 or null"
+    ),
 }
 """Keys checked by value; the parts behind a `_target_` check their own."""
 
-FIXED = ("federation", "threat")
+GROUPS = ("data", "partition", "model", "defense", "adversary", "engine", "tracking", "strategy")
+ROOT = (
+    *(*GROUPS, "federation", "threat", "capture", "attack", "study"),
+    *("seed", "quick", "device", "limit", "output_dir", "auxiliary", "experiment"),
+)
+"""All that may stand at the root of the configuration."""
+FIXED = ("federation", "threat", "capture")
 """Groups whose keys are all known; a key added to them with ``+`` would do nothing."""
 
 
@@ -275,6 +297,8 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         UsageError: names the key, its value and the mend.
     """
     check_rules(config, RULES)
+    if strange := [key for key in config if key not in ROOT]:
+        raise UsageError(f"{strange[0]}: unknown key; {suggest(strange[0], ROOT)}")
     for group in FIXED:
         known = [key.split(".")[1] for key in RULES if key.startswith(group + ".")]
         for key in config[group]:
@@ -310,6 +334,17 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
     seconds = attack.get("seconds")
     if seconds is not None and not POSITIVE.test(seconds):
         raise UsageError(f"attack.seconds={seconds}: must be {POSITIVE.mend}, or null for as long as it takes")
+    known = [key.split(".")[1] for key in RULES if key.startswith("attack.")]
+    for override in parse(overrides):
+        first, _, inner = override.key_or_group.partition(".")
+        word = inner.split(".")[0]
+        if (
+            first == "attack"
+            and override.is_add()
+            and word
+            and word not in (*known, "seconds", "labels", "inversion", "view")
+        ):
+            raise UsageError(f"attack.{word}: unknown key; {suggest(word, known)}")
     plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients", "adaptive")}
     plan["seconds"] = seconds
     for key in ("labels", "inversion", "view"):
@@ -325,10 +360,18 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         threat=threat,
         attack=AttackPlan(**plan),
         study=_study(config, overrides),
+        capture=_keep(config),
         auxiliary=config["auxiliary"],
         settings=flat(config),
         **parts,
     )
+
+
+def _keep(config: Mapping[str, Any]) -> Keep:
+    """The `capture` group."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["capture"].items()}
+    keep = Keep(**values, every=config["federation"]["capture_every"])
+    return NOTHING if 0 in (keep.clients, keep.rounds) else keep
 
 
 def read_labels(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:

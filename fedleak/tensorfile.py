@@ -1,28 +1,139 @@
-"""Tensors and a little JSON in one safetensors file, written whole or not at all."""
+"""Tensors and a little JSON as safetensors bytes, and whole files of them, which know when they were altered."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedleak.errors import UsageError
+import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:  # a tap writes its files without torch
-    from torch import Tensor
+from fedleak.errors import FedleakError, UsageError
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SEAL = "0" * 64
+"""Stands in a file where its own SHA-256 goes, while that is computed."""
+
+
+def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> bytes:
+    """`tensors`, in order, and a JSON `header` as the bytes of a safetensors file, sealed with a SHA-256 of their own.
+
+    Raises:
+        ValueError: a dtype that safetensors cannot hold.
+    """
+    head, parts = _pack(tensors, {"header": json.dumps({**(header or {}), "sealed": True}), "sha256": SEAL})
+    digest = hashlib.sha256(head)
+    for part in parts:
+        digest.update(part)
+    return b"".join([head.replace(SEAL.encode(), digest.hexdigest().encode(), 1), *parts])
+
+
+def pack_unsealed(tensors: Mapping[str, Tensor]) -> bytes:
+    """As `pack`, without header and seal: for what has its SHA-256 elsewhere."""
+    head, parts = _pack(tensors, {})
+    return b"".join([head, *parts])
+
+
+def _pack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, list[Any]]:
+    """The head, and each tensor's bytes."""
+    layout, parts = [], []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"{name} is of {tensor.dtype}, which cannot be stored")
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        parts.append(flat.view(torch.uint8).numpy().data if len(flat) else b"")
+        layout.append((name, NAMES[tensor.dtype], tuple(tensor.shape), flat.nbytes))
+    return _head(tuple(layout), tuple(metadata.items())), parts
+
+
+@lru_cache(maxsize=64)
+def _head(layout: tuple[tuple[str, str, tuple[int, ...], int], ...], metadata: tuple[tuple[str, str], ...]) -> bytes:
+    """The length and the JSON that a safetensors file begins with; the same for every update of a federation."""
+    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape, size in layout:
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, header) of the bytes of a safetensors file.
+
+    Raises:
+        ValueError: they are none, or not as they were when they were sealed.
+    """
+    described, start = _described(data)
+    metadata = described.pop("__metadata__", None) or {}
+    seal = metadata.get("sha256")
+    if seal is not None:
+        blank = data[:start].replace(str(seal).encode(), SEAL.encode(), 1) + data[start:]
+        if hashlib.sha256(blank).hexdigest() != seal:
+            raise ValueError("altered since it was written")
+    header = json.loads(metadata.get("header", "{}"))
+    if header.pop("sealed", False) and seal is None:
+        raise ValueError("its seal is lost")
+    body = memoryview(data)[start:]
+    tensors = {name: _tensor(body, entry) for name, entry in described.items()}
+    return {name: tensors[name] for name in header.pop("names", tensors)}, header
+
+
+def _described(data: bytes) -> tuple[dict[str, Any], int]:
+    """What a file's head says, and where its data begin."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise ValueError("cut short")
+    described = json.loads(data[8 : 8 + size])
+    if not isinstance(described, dict):
+        raise ValueError("its head is no mapping")
+    return described, 8 + size
+
+
+def _tensor(body: memoryview, entry: Mapping[str, Any]) -> Tensor:
+    """One tensor; a copy, because views would be aligned as the head happens to be, and sums round accordingly."""
+    dtype, shape, (begin, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if any(not isinstance(n, int) or n < 0 for n in (*shape, begin, end)) or end > len(body):
+        raise ValueError("impossible sizes")
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError("sizes that disagree")
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(np.frombuffer(body[begin:end], np.uint8).copy()).view(dtype).reshape(shape)
+
+
+def describe(head: bytes) -> tuple[int, dict[str, Any]]:
+    """How long the safetensors bytes are that begin with `head`, and their header; raises ValueError."""
+    described, start = _described(head)
+    metadata = described.pop("__metadata__", None) or {}
+    end = max((int(entry["data_offsets"][1]) for entry in described.values()), default=0)
+    return start + end, json.loads(metadata.get("header", "{}"))
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> str:
     """Write `tensors`, in order, and a JSON `header` to `path` atomically; returns the file's SHA-256."""
-    from safetensors.torch import save as to_bytes  # lazily: a bare attack machine may lack safetensors
-
-    data = to_bytes(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        metadata={"header": json.dumps({"names": list(tensors), **(header or {})})},
-    )
+    data = pack(tensors, header)
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
 
@@ -31,30 +142,54 @@ def load(path: Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], d
     """Read (tensors, header) from `path`.
 
     Raises:
-        UsageError: the file is missing, truncated, altered (where `sha256` is given) or not ours.
+        UsageError: the file is missing, truncated, altered or not ours.
     """
-    from safetensors.torch import load as from_bytes
+    return parse(read_bytes(path), path, sha256=sha256)
 
+
+def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """A file, or `size` bytes of it from `offset`; raises `UsageError` where it cannot be read."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(-1 if size is None else size)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+
+
+def parse(data: bytes, path: Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, header) of what was read from `path`; raises `UsageError` where that is damaged."""
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise UsageError(f"{path}: truncated or altered since it was written; restore the file, or repeat the run")
     try:
-        # Copies, because views would be aligned as the file's header happens to be, and sums round accordingly.
-        tensors = {name: value.clone() for name, value in from_bytes(data).items()}
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(json.loads(data[8 : 8 + size]).get("__metadata__", {}).get("header", "{}"))
-        tensors = {name: tensors[name] for name in header.pop("names", tensors)}
-    except Exception as error:
-        raise UsageError(f"{path}: damaged, not a readable safetensors file; restore it, or repeat the run") from error
-    return tensors, header
+        return unpack(data)
+    except Exception as error:  # any damage at all
+        raise UsageError(
+            f"{path}: damaged, not a readable safetensors file ({type(error).__name__}); restore it, or repeat the run"
+        ) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and move it into place, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `data` beside `path` and move it into place, so that a reader never sees half a file.
+
+    Raises:
+        FedleakError: the disk is full, or the folder cannot be written to; nothing is left there then.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        _remove(partial)
+        raise FedleakError(
+            f"{path}: cannot be written ({error.strerror}); make room, or name another folder"
+        ) from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

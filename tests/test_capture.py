@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedleak import tensorfile
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
 from fedleak.errors import UsageError
 from fedleak.threat import ThreatModel
@@ -79,7 +80,7 @@ def test_what_was_written_is_read_back_and_shared_parameters_are_stored_once(tmp
     assert torch.equal(read[0].buffers["mean"], torch.ones(1))
     assert torch.equal(read[0].labels, torch.tensor([0, 1]))
     assert read[0].parameters is read[1].parameters
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4 + 3
+    assert {path.name for path in tmp_path.glob("*.shard")} == {"round-00001.shard", "round-00002.shard"}
 
 
 def test_what_the_threat_model_withholds_is_never_written(tmp_path):
@@ -103,7 +104,7 @@ def test_a_narrower_threat_model_leaves_out_what_was_captured(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_a_damaged_capture_is_one_clear_error(tmp_path, damage):
     CaptureStore.create(tmp_path, CaptureInfo()).write(observation(1, 0))
-    path = tmp_path / "round-00001-client-00000.safetensors"
+    path = tmp_path / "round-00001.shard"
     data = path.read_bytes()
     if damage == "truncated":
         path.write_bytes(data[:-3])
@@ -111,7 +112,7 @@ def test_a_damaged_capture_is_one_clear_error(tmp_path, damage):
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     else:
         path.unlink()
-    with pytest.raises(UsageError, match=r"round-00001-client-00000\.safetensors: .*(restore|repeat)"):
+    with pytest.raises(UsageError, match=r"round-00001\.shard: .*(restore|repeat)"):
         CaptureStore.open(tmp_path).load()
 
 
@@ -151,7 +152,7 @@ def test_equal_models_of_a_round_are_stored_once_and_shared_whoever_holds_them(t
     store.write(observation(2, 0, start_buffers={"mean": torch.ones(1)}))
     store.write(observation(2, 1, start_buffers={"mean": torch.zeros(1)}))
     read = CaptureStore.open(tmp_path).load()
-    assert len(list(tmp_path.glob("*.safetensors"))) == 6 + 2 + 2
+    assert len({(row["start_file"], row["start_offset"]) for row in store.rows()}) == 2 + 2
     assert read[0].parameters is read[2].parameters
     assert read[1].parameters is read[3].parameters
     assert torch.equal(read[3].parameters["w"], START["w"] + 1)
@@ -176,15 +177,64 @@ def test_captures_of_before_there_were_formats_are_read_and_newer_ones_refused(t
     store = CaptureStore.create(tmp_path, CaptureInfo())
     store.write(observation(1, 0))
     info = json.loads((tmp_path / "info.json").read_text())
-    assert info.pop("format") == 2
+    assert info.pop("format") == 3
+    del info["sha256"]
     (tmp_path / "info.json").write_text(json.dumps(info))
     [row] = store.rows()
+    start = {f"parameters/{name}": value for name, value in START.items()}
+    update = {f"update/{name}": value for name, value in GRADIENT.items()}
+    files = {"start_file": "round-00001.safetensors", "update_file": "round-00001-client-00000.safetensors"}
+    files["start_sha256"] = tensorfile.save(tmp_path / files["start_file"], start)
+    files["update_sha256"] = tensorfile.save(tmp_path / files["update_file"], update)
+    newer = ("epochs", "optimizer", "start_offset", "start_size", "update_offset", "update_size", "row", "change")
     index = tmp_path / "index.jsonl"
-    index.write_text(json.dumps({k: v for k, v in row.items() if k not in ("epochs", "optimizer")}) + "\n")
+    index.write_text(json.dumps({k: v for k, v in (row | files).items() if k not in newer}) + "\n")
     old = CaptureStore.open(tmp_path)
     assert old.info == store.info
     assert old.load()[0].training == observation(1, 0).training
-    for number in (3, "next"):
+    for number in (4, "next"):
         (tmp_path / "info.json").write_text(json.dumps({**info, "format": number}))
-        with pytest.raises(UsageError, match=rf"info\.json: format {number}, and this fedleak reads up to 2"):
+        with pytest.raises(UsageError, match=rf"info\.json: format {number}, and this fedleak reads up to 3"):
             CaptureStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_no_line_of_an_index_can_be_altered_dropped_or_doubled(tmp_path, sealed):
+    store = CaptureStore.create(tmp_path, CaptureInfo())
+    for client in range(3):
+        store.put(observation(1, client))
+    store.close() if sealed else store.flush()
+    index = tmp_path / "index.jsonl"
+    lines = index.read_text().splitlines()
+    assert len(CaptureStore.open(tmp_path).load()) == 3
+    for damaged in (
+        [lines[0].replace('"batch_size": 3', '"batch_size": 2'), *lines[1:]],
+        [lines[0].replace('"gradient"', '"weights"'), *lines[1:]],
+        [lines[0], lines[2]],
+        lines[1:],
+        [*lines, lines[2]],
+        *([lines[:2], []] if sealed else []),  # of a run that was killed, the end may be missing
+    ):
+        index.write_text("".join(line + "\n" for line in damaged))
+        with pytest.raises(UsageError, match=r"index\.jsonl: (line \d is damaged|altered since)"):
+            CaptureStore.open(tmp_path).rows()
+
+
+def test_no_word_of_the_info_can_be_altered(tmp_path):
+    CaptureStore.create(tmp_path, CaptureInfo(classes=10)).close()
+    info = tmp_path / "info.json"
+    info.write_text(info.read_text().replace("10", "11"))
+    with pytest.raises(UsageError, match=r"info\.json: damaged \(altered"):
+        CaptureStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("payload", ["gradient", "weights"])
+def test_updates_in_half_the_bits_come_back_as_they_were_but_for_rounding(tmp_path, payload):
+    store = CaptureStore.create(tmp_path, CaptureInfo(), dtype=torch.float16)
+    sent = {name: value - 1e-4 * GRADIENT[name] for name, value in START.items()} if payload == "weights" else GRADIENT
+    training = LocalTraining(payload, 3, 1, optimizer=SGD(1e-4))
+    store.write(Observation(1, 0, START, sent, training))
+    [read] = CaptureStore.open(tmp_path).load()
+    for name, value in GRADIENT.items():
+        assert read.update[name].dtype == torch.float32
+        torch.testing.assert_close(read.gradient()[name], value, rtol=3e-3, atol=1e-5)

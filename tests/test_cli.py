@@ -72,7 +72,7 @@ def test_a_folder_without_captures_or_with_a_damaged_one_is_refused(capsys, smal
     assert "no captures there" in usage_error(capsys, ["attack", f"run_dir={tmp_path}"])
     damaged = tmp_path / "damaged"
     shutil.copytree(small_run, damaged)
-    path = damaged / "captures" / "round-00001-client-00001.safetensors"
+    path = damaged / "captures" / "round-00001.shard"
     path.write_bytes(path.read_bytes()[:-1])
     assert "truncated or altered" in usage_error(capsys, ["attack", f"run_dir={damaged}"])
     (damaged / ".hydra" / "overrides.yaml").unlink()

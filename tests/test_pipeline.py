@@ -2,17 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from fedleak.attacks.store import load_reconstructions
 from fedleak.capture import CaptureStore
 from fedleak.cli import main
 from fedleak.rounds import choose_victims
+from fedleak.truth import TruthStore
 
 
 def tables_without_seconds(folder: Path) -> list[str]:
@@ -76,10 +77,11 @@ def images(folder: Path) -> list[torch.Tensor]:
 
 
 def test_poisoned_or_deleted_truth_changes_no_reconstruction(small_run, copied):
-    for path in (copied / "truth").iterdir():
-        tensors = load_file(path)
-        poisoned = {"images": torch.rand_like(tensors["images"]), "labels": (tensors["labels"] + 1) % 10}
-        save_file(poisoned, path, metadata={"header": '{"local_steps": 1}'})
+    truth = TruthStore(copied / "truth")
+    known = [truth.load(*where) for where in truth.known()]
+    shutil.rmtree(copied / "truth")
+    for one in known:
+        truth.write(replace(one, images=torch.rand_like(one.images), labels=(one.labels + 1) % 10))
     assert main(["attack", f"run_dir={copied}"]) == 0
     assert all(torch.equal(a, b) for a, b in zip(images(small_run), images(copied / "attacks/idlg"), strict=True))
     scores = pd.read_csv(copied / "attacks/idlg/attacks.csv")
@@ -166,8 +168,9 @@ def test_labels_travel_only_when_they_are_granted(tmp_path):
     for granted in ("true", "false"):
         folder = tmp_path / granted
         assert main([*run, f"threat.labels={granted}", f"output_dir={folder}"]) == 0
-        captured = load_file(folder / "captures" / "round-00001-client-00000.safetensors")
-        assert ("labels" in captured) == (granted == "true")
+        [captured] = CaptureStore.open(folder / "captures").load()
+        assert (captured.labels is not None) == (granted == "true")
+        assert (b'"labels"' in (folder / "captures" / "round-00001.shard").read_bytes()) == (granted == "true")
         assert len(pd.read_csv(folder / "attacks.csv")) == 0
 
 
@@ -213,7 +216,7 @@ def test_both_engines_give_the_same_tables_and_captures(tmp_path):
     for engine in ("local", "ray"):
         assert main([*run, f"engine={engine}", f"output_dir={tmp_path / engine}"]) == 0
     assert tables_without_seconds(tmp_path / "local") == tables_without_seconds(tmp_path / "ray")
-    for path in (tmp_path / "local" / "captures").glob("*.safetensors"):
+    for path in (tmp_path / "local" / "captures").glob("*.shard"):
         assert path.read_bytes() == (tmp_path / "ray" / "captures" / path.name).read_bytes()
 
 

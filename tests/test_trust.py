@@ -98,13 +98,10 @@ def test_parts_of_fedleak_are_free():
 
 
 def test_a_capture_has_no_optimiser_imported(stranger):
-    index = stranger / "captures" / "index.jsonl"
-    rows = [json.loads(line) for line in index.read_text().splitlines()]
-    for row in rows:
-        row["optimizer"] = {"_target_": "evil.NoDefense", "lr": 0.1}
-    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = CaptureStore.open(stranger / "captures")
+    rows = [{**row, "optimizer": {"_target_": "evil.NoDefense", "lr": 0.1}} for row in store.rows()]
     with pytest.raises(UsageError, match="what a capture names is not imported"):
-        CaptureStore.open(stranger / "captures").load()
+        store.load(rows)
     assert not (stranger.parent / "mark").exists()
 
 
@@ -119,14 +116,10 @@ def test_a_report_imports_nothing(stranger):
 
 @pytest.mark.parametrize("name", ["../truth/round-00001-client-00000.safetensors", "/etc/hostname", "a/../../x", ""])
 def test_paths_in_an_index_stay_inside_the_store(stranger, name):
-    index = stranger / "captures" / "index.jsonl"
-    rows = [json.loads(line) for line in index.read_text().splitlines()]
-    for key in ("file", "start_file", "update_file"):
-        if key in rows[0]:
-            rows[0][key] = name
-    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UsageError, match="is no file of this store"):
-        CaptureStore.open(stranger / "captures").load()
+    store = CaptureStore.open(stranger / "captures")
+    for key in ("start_file", "update_file"):
+        with pytest.raises(UsageError, match="is no file of this store"):
+            store.load([{**row, key: name} for row in store.rows()])
 
 
 def test_control_characters_are_shown_and_not_obeyed():

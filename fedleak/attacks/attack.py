@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -151,7 +152,7 @@ class Attack:
         """
         self.check(knowledge.threat)
         knowledge = seen_through(knowledge, self.adaptive)
-        seen = self.view(observations)
+        seen = [too_large(observation, knowledge) for observation in self.view(observations)]
         results: list[Reconstruction | None] = [
             _unusable(o, knowledge) if o.error is not None else store.load(o.round, o.client) if store else None
             for o in seen
@@ -181,6 +182,21 @@ class Attack:
             where = f"round {missing[0].round}, client {missing[0].client}"
             raise RuntimeError(f"{type(self.inversion).__name__} gave no result for {where}")
         return [result for result in results if result is not None]
+
+
+MOST_BYTES = 4 * 2**30
+"""Of the images behind one update; what claims more is not attacked, because memory would not hold the attack."""
+MOST_STEPS = 100_000
+"""Of one client in one round."""
+
+
+def too_large(observation: Observation, knowledge: Knowledge) -> Observation:
+    """The observation, as unusable where it claims more samples or steps than can be attacked."""
+    training = observation.training
+    size, steps = training.samples or training.batch_size or 0, training.steps or 0
+    if observation.error is None and (size * math.prod(knowledge.image_shape) * 4 > MOST_BYTES or steps > MOST_STEPS):
+        return replace(observation, error=f"claims {size} samples in {steps} local steps, too many to attack")
+    return observation
 
 
 def assume_one_step(observations: Sequence[Observation]) -> tuple[list[Observation], list[bool]]:

@@ -16,6 +16,7 @@ Raises of every loader:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedleak.data.checks import check_images
 from fedleak.data.files import find, folder_of, pair, read_idx, reading, shown, unpickle
-from fedleak.data.folders import class_folders, decode_all, hold_out
+from fedleak.data.folders import class_folders, decode_all, depth, hold_out
 from fedleak.errors import UsageError
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
@@ -55,6 +57,9 @@ class ImageData:
     test_images: Tensor
     test_labels: Tensor
     class_names: list[str]
+
+    def __post_init__(self) -> None:
+        check_images(self)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -221,10 +226,13 @@ def image_folder(
     path, mend = folder_of(root), "give the folder that holds a folder of images a class"
     if not path.is_dir():
         raise UsageError(f"data.root={root} {'is a file' if path.exists() else 'does not exist'}; {mend}")
-    if (path / "train").is_dir() and (path / "test").is_dir():
-        train, test = class_folders(path / "train", shown(root)), class_folders(path / "test", shown(root))
+    held_out = next((name for name in ("test", "val", "valid", "validation") if (path / name).is_dir()), None)
+    if (path / "train").is_dir() and held_out is not None:
+        train, test = class_folders(path / "train", shown(root)), class_folders(path / held_out, shown(root))
         if strange := [name for name in test if name not in train]:
-            raise UsageError(f"data.root={root} has class {strange[0]} in test and not in train; give both the same")
+            raise UsageError(
+                f"data.root={root} has class {strange[0]} in {held_out} and not in train; give both the same"
+            )
         names = list(train)
     else:
         classes = class_folders(path, shown(root))
@@ -314,10 +322,12 @@ def _decode(
     _whole("data.image_size", image_size)
     label = {class_name: index for index, class_name in enumerate(class_names)}
     pairs = []
+    bits = depth([path for files in (train, test) for paths in files.values() for path in paths])
     for files, most in ((train, limit), (test, None)):
         listed = [(path, label[class_name]) for class_name, paths in files.items() for path in paths]
+        _refuse_giants(min(len(listed), most or len(listed)), channels, image_size)
         chosen = [listed[index] for index in _subset(len(listed), most).tolist()]
-        images = decode_all([path for path, _ in chosen], image_size, channels, shown(root))
+        images = decode_all([path for path, _ in chosen], image_size, channels, shown(root), bits)
         pairs.append((images, torch.tensor([index for _, index in chosen], dtype=torch.int64)))
     return _finish(name, pairs[0], pairs[1], class_names, image_size, limit)
 
@@ -368,6 +378,7 @@ def _resize(images: Tensor, size: int | None) -> Tensor:
     """Square images uint8 ``[N, C, size, size]``; bilinear, with antialiasing where they shrink."""
     if size is not None:
         _whole("data.image_size", size)
+        _refuse_giants(len(images), images.shape[1], size)
         if images.shape[-2:] != (size, size):
             images = torch.cat([_interpolate(part, size) for part in images.split(1024)])
     return images.round().clamp(0, 255).to(torch.uint8) if images.is_floating_point() else images
@@ -378,6 +389,20 @@ def _interpolate(images: Tensor, size: int) -> Tensor:
         images.to(torch.float32), size=(size, size), mode="bilinear", antialias=True
     )
     return resized.round().clamp(0, 255).to(torch.uint8)  # at once: float32 takes four times the memory
+
+
+def _refuse_giants(count: int, channels: int, size: int) -> None:
+    """Raise `UsageError` where images of a size would not fit into half of this machine's memory."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not everywhere
+        memory = 16 * 2**30
+    needed = channels * size**2 * max(count, 8)
+    if needed > memory / 2:
+        raise UsageError(
+            f"data.image_size={size}: {count} such images take {needed / 2**30:,.0f} GiB, and this machine has "
+            f"{memory / 2**30:,.0f}; give a smaller size, or data.limit"
+        )
 
 
 def _whole(key: str, value: Any) -> None:

@@ -63,7 +63,26 @@ def hold_out(classes: dict[str, list[Path]], seed: int) -> tuple[dict[str, list[
     return train, test
 
 
-def decode_all(paths: Sequence[Path], size: int, channels: int, root: str) -> Tensor:
+DEEP = frozenset([".png", ".tif", ".tiff", ".pgm"])
+
+
+def depth(paths: Sequence[Path]) -> int:
+    """How many bits the brightest of the images with more than 8 bits uses: X-rays keep 12 in a file for 16."""
+    from PIL import Image
+
+    most = 0
+    for path in paths:
+        if path.suffix.lower() in DEEP:
+            try:
+                with Image.open(path) as file:
+                    if file.mode.startswith("I"):
+                        most = max(most, int(np.asarray(file, dtype=np.int64).max()))
+            except Exception:  # Pillow's decoders raise many kinds; decoding will say which image it is
+                continue
+    return next((bits for bits in (8, 10, 12, 14) if 0 < most < 2**bits), 16)
+
+
+def decode_all(paths: Sequence[Path], size: int, channels: int, root: str, bits: int = 16) -> Tensor:
     """Read images as uint8 ``[N, channels, size, size]``.
 
     Each is turned as its EXIF data say, cropped to a square in its centre and scaled bilinearly, with antialiasing.
@@ -73,6 +92,7 @@ def decode_all(paths: Sequence[Path], size: int, channels: int, root: str) -> Te
         size: height and width in pixels.
         channels: 3 (RGB) or 1 (grey).
         root: how the user wrote the key and value that led here, for errors.
+        bits: that white takes in images of more than 8, see `depth`.
 
     Raises:
         UsageError: images cannot be read; names the first and says how many.
@@ -83,7 +103,7 @@ def decode_all(paths: Sequence[Path], size: int, channels: int, root: str) -> Te
     broken: list[tuple[Path, str]] = []
     for index, path in enumerate(paths):
         try:
-            images[index] = _decode(path, size, channels)
+            images[index] = _decode(path, size, channels, bits)
         except Exception as error:  # Pillow's decoders raise many kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             broken.append((path, "not an image" if isinstance(error, UnidentifiedImageError) else reason))
@@ -94,7 +114,7 @@ def decode_all(paths: Sequence[Path], size: int, channels: int, root: str) -> Te
     return torch.from_numpy(images)
 
 
-def _decode(path: Path, size: int, channels: int) -> np.ndarray:
+def _decode(path: Path, size: int, channels: int, bits: int) -> np.ndarray:
     """One image as uint8 ``[channels, size, size]``."""
     from PIL import Image, ImageOps
 
@@ -103,7 +123,8 @@ def _decode(path: Path, size: int, channels: int) -> np.ndarray:
         file.draft(mode, (2 * size, 2 * size))  # a large JPEG is decoded at a half, quarter or eighth of its size
         image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would cut off at 255 instead of scaling
-            image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+            deep = np.asarray(image, dtype=np.int64).clip(0, 2**bits - 1)
+            image = Image.fromarray((deep >> bits - 8).astype(np.uint8))
         image = ImageOps.fit(image.convert(mode), (size, size), method=Image.Resampling.BILINEAR)
     array = np.asarray(image)
     return array.transpose(2, 0, 1) if channels == 3 else array[None]

@@ -16,7 +16,6 @@ from fedleak.errors import FedleakError
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
 from fedleak.federation.scenario import CLIPPING, Scenario, build_scenario
 from fedleak.local_update import local_update
-from fedleak.rounds import is_due
 from fedleak.seeding import generator
 from fedleak.setup import Setup
 from fedleak.threads import one_thread
@@ -65,7 +64,7 @@ def train_once(
     """The reply of one client in one round."""
     federation = scenario.federation
     images, labels = scenario.private_batch(client, server_round)
-    if is_due(server_round, federation.capture_every):
+    if scenario.keep(server_round, client):
         TruthStore(truth_dir).write(Truth(server_round, client, images, labels, federation.local_steps))
     names = [name for name, _ in scenario.model.named_parameters()]
     device = scenario.device

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +22,11 @@ from fedleak.audit.fit import rename
 from fedleak.audit.steps import reconcile
 from fedleak.audit.tap import Passing
 from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
-from fedleak.federation.records import EXAMPLES, PARTITION, client_record, to_tensors
+from fedleak.errors import FedleakError, printable
+from fedleak.federation import claims
+from fedleak.federation.records import ARRAYS, PARTITION, client_record, to_tensors
 from fedleak.federation.strategy import last_line
-from fedleak.rounds import is_due
+from fedleak.rounds import Keep
 from fedleak.threat import ThreatModel
 from fedleak.training import SGD, ClientOptimizer, LocalTraining, Payload, Tensors
 
@@ -57,6 +61,7 @@ class Eavesdropper(Strategy):
         per_sample: clients return each sample's gradient (iDLG's per-sample scenario).
         client_of: node id -> client number; by default what a reply's ``partition-id`` says, else the node's order.
         every: keep the updates of rounds 1, 1 + every, … only, which a long federation's disk may demand.
+        keep: which updates are kept beyond that, all unless named.
         on_round: called with a round's observations as soon as they are captured, for an attack inline.
         quiet: do not print where the captures are.
     """
@@ -80,12 +85,16 @@ class Eavesdropper(Strategy):
         epochs: int = 1,
         client_of: Callable[[int], int | None] | None = None,
         every: int = 1,
+        keep: Keep | None = None,
         on_round: Callable[[int, list[Observation]], None] | None = None,
         quiet: bool = False,
     ) -> None:
         self.strategy = strategy
         self.threat = threat or ThreatModel()
-        self.store = CaptureStore.create(_free(captures), CaptureInfo(self.threat, image_shape, classes, training_mode))
+        self.keep = replace(keep or Keep(), every=every)
+        info = CaptureInfo(self.threat, image_shape, classes, training_mode)
+        dtype = None if self.keep.dtype is None else getattr(torch, self.keep.dtype)
+        self.store = CaptureStore.create(_free(captures), info, dtype=dtype)
         if not quiet:
             print(f"fedleak: capturing in {self.store.folder}", file=sys.stderr, flush=True)
         if optimizer is None and lr is not None:
@@ -94,13 +103,13 @@ class Eavesdropper(Strategy):
             optimizer = replace(optimizer, lr=lr)
         self.training = LocalTraining(payload, batch_size, local_steps, epochs, optimizer, training_mode, per_sample)
         self.model = model
-        self.names = None if model is None else ([n for n, _ in model.named_parameters()], list(model.state_dict()))
+        self.names = None if model is None else (_trained(model), list(model.state_dict()))
         self.client_of = client_of
-        self.every = every
         self.on_round = on_round
         self._sent: dict[int, _Sent] = {}
         self._order: dict[int, int] = {}
         self._warned: set[str] = set()
+        self._claimed: dict[int, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         if name == "strategy":  # while this object is being made or unpickled
@@ -109,7 +118,13 @@ class Eavesdropper(Strategy):
 
     def start(self, grid: Grid, *arguments: Any, **named: Any) -> Any:
         """Let the wrapped strategy start itself, its own way, on a grid that is listened to."""
-        return self.strategy.start(_Listening(grid, self), *arguments, **named)
+        try:
+            result = self.strategy.start(_Listening(grid, self), *arguments, **named)
+        except BaseException:
+            self.store.flush()
+            raise
+        self.store.close()  # complete, and says so
+        return result
 
     def summary(self) -> None:
         """Log the wrapped strategy's summary."""
@@ -128,11 +143,14 @@ class Eavesdropper(Strategy):
         read: dict[int, tuple[Tensors, Tensors]] = {}  # messages may share their arrays
         self._sent = {}
         for message in messages:
-            carried = next(iter(message.content.array_records.values()), ArrayRecord())
+            key, carried = next(iter(message.content.array_records.items()), (ARRAYS, ArrayRecord()))
+            if self.names is not None:  # a model may travel beside other arrays
+                fits = ((k, r) for k, r in message.content.array_records.items() if len(r) == len(self.names[1]))
+                key, carried = next(fits, (key, carried))
             if id(carried) not in read:
                 read[id(carried)] = self._split(self._named(to_tensors(carried)))
             own: Mapping[str, Any] = next(iter(message.content.config_records.values()), {})
-            self._sent[message.metadata.dst_node_id] = _Sent(*read[id(carried)], own)
+            self._sent[message.metadata.dst_node_id] = _Sent(*read[id(carried)], own, key)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -143,13 +161,17 @@ class Eavesdropper(Strategy):
         return self.strategy.aggregate_train(server_round, replies)
 
     def _keep(self, server_round: int, replies: Sequence[Message]) -> None:
-        if is_due(server_round, self.every):
-            observations = sorted((self._observe(server_round, reply) for reply in replies), key=lambda o: o.client)
-            observations = shown(self.threat.view, observations)
-            for observation in observations:
-                self.store.write(observation)
-            if self.on_round is not None:
-                self.on_round(server_round, observations)
+        if not self.keep.of_round(server_round):
+            return
+        observations = sorted((self._observe(server_round, reply) for reply in replies), key=lambda o: o.client)
+        observations = shown(self.threat.view, observations)
+        observations = [o for o in observations if self.keep(server_round, o.client)]
+        for observation in observations:
+            self.store.put(observation)
+        self.store.end_round()
+        if self.on_round is not None:
+            self.store.flush()
+            self.on_round(server_round, observations)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -189,42 +211,43 @@ class Eavesdropper(Strategy):
     def _observe(self, server_round: int, reply: Message) -> Observation:
         sent = self._sent.get(reply.metadata.src_node_id, _Sent({}, {}, {}))
         says = client_record(reply)
-        seen = Observation(server_round, self._client(reply, says), sent.parameters, {}, self.training, sent.buffers)
+        client, doubt = self._client(reply, says)
+        seen = Observation(server_round, client, sent.parameters, {}, self.training, sent.buffers)
         if reply.has_error():
             return replace(seen, error=f"client error: {last_line(reply.error.reason)}")
         try:
-            training = self._training(reply, {**sent.config, **says})
-            record = next(iter(reply.content.array_records.values()))
+            if doubt is not None:
+                raise claims.Claim(doubt)
+            training = self._training(reply, sent.config, says)
+            record = claims.arrays_of(reply, sent.key, {**sent.parameters, **sent.buffers})
             update, buffers = self._split(self._named(to_tensors(record)))
             update = self._whole(update, sent, training.payload)
             fault = find_fault(update, sent.parameters, per_sample=training.per_sample)
-            labels = says.get("labels")
-            sorted_labels = torch.tensor(labels, dtype=torch.int64).sort().values if isinstance(labels, list) else None
+            fault = fault or find_fault({**sent.buffers, **buffers}, sent.buffers)
+            labels = claims.class_labels(says, self.store.info.classes)
+        except claims.Claim as problem:
+            return replace(seen, error=f"bad reply: {last_line(str(problem))}")
         except Exception as problem:  # a reply of any form must not stop the federation
             return replace(seen, error=f"bad update: {type(problem).__name__}: {last_line(str(problem))}")
-        seen = replace(seen, training=training, labels=sorted_labels)
+        seen = replace(seen, training=training, labels=None if labels is None else torch.tensor(labels))
         if fault is not None:
-            return replace(seen, error=f"bad update: {fault}")
+            return replace(seen, error=f"bad update: {last_line(fault)}")
         return replace(seen, update=update, buffers=buffers)
 
-    def _training(self, reply: Message, says: Mapping[str, Any]) -> LocalTraining:
-        """What is known of a client's training, its own word first."""
+    def _training(self, reply: Message, config: Mapping[str, Any], says: Mapping[str, Any]) -> LocalTraining:
+        """What is known of a client's training, its own word first; FedleakError where that cannot be."""
         training = self.training
-        if "local-steps" in says:
-            training = replace(training, local_steps=int(says["local-steps"]))
-        if "lr" in says:
-            if training.lr is not None and says["lr"] != training.lr and not client_record(reply):
-                self._warn("lr=%s was stated, and the messages say %s, which goes first", training.lr, says["lr"])
-            optimizer = SGD(says["lr"]) if training.optimizer is None else replace(training.optimizer, lr=says["lr"])
-            training = replace(training, optimizer=optimizer)
-        if "proximal-mu" in says:
-            training = replace(training, proximal=float(says["proximal-mu"]))
-        metrics: Mapping[str, Any] = next(iter(reply.content.metric_records.values()), MetricRecord())
-        examples = metrics.get(EXAMPLES)
+        stated = config.get("lr", training.lr)
+        if training.lr is not None and stated != training.lr and not says:
+            self._warn("lr=%s was stated, and the messages say %s, which goes first", training.lr, printable(stated))
+        with contextlib.suppress(FedleakError):  # a server may mean something else by its words
+            training = claims.told(training, config)
+        training = claims.told(training, says)
+        examples = claims.examples(reply)
         # One of our clients counts right; any other app's batch size is what its wrapper says, where it says one.
-        if isinstance(examples, int | float) and (client_record(reply) or training.batch_size is None):
+        if examples is not None and (says or training.batch_size is None):
             training = replace(training, batch_size=max(1, round(examples / (training.local_steps or 1))))
-        elif isinstance(examples, int | float) and examples > 0 and training.batch_size is not None:
+        elif examples is not None and training.batch_size is not None:
             found = reconcile(
                 examples=round(examples), batch_size=training.batch_size, steps=training.steps, epochs=training.epochs
             )
@@ -240,16 +263,28 @@ class Eavesdropper(Strategy):
             self._warned.add(words)
             log.warning(words, *values)
 
-    def _client(self, reply: Message, says: Mapping[str, Any]) -> int:
+    def _client(self, reply: Message, says: Mapping[str, Any]) -> tuple[int, str | None]:
+        """A client's number, and why what it says of it is not believed, if so."""
         node = reply.metadata.src_node_id
         if self.client_of is not None and (client := self.client_of(node)) is not None:
-            return client
-        if PARTITION in says:
-            return int(says[PARTITION])
-        # A node keeps its number for the whole run; sorting makes the first numbers independent of arrival.
-        for other in sorted(self._sent):
-            self._order.setdefault(other, len(self._order))
-        return self._order.setdefault(node, len(self._order))
+            return client, None
+        try:
+            claimed = claims.whole(says, PARTITION, least=0)
+        except claims.Claim as problem:
+            return self._numbered(node), str(problem)
+        if claimed is None:
+            return self._numbered(node), None
+        if self._claimed.setdefault(claimed, node) != node:
+            return self._numbered(node), f"{PARTITION}={claimed} is another node's"
+        return claimed, None
+
+    def _numbered(self, node: int) -> int:
+        """A number for a node that names none, for the whole run; sorting makes the first independent of arrival."""
+        for other in sorted({*self._sent, node}):
+            if other not in self._order:
+                taken = {*self._order.values(), *self._claimed}
+                self._order[other] = next(n for n in itertools.count(len(self._order)) if n not in taken)
+        return self._order[node]
 
 
 @dataclass(frozen=True)
@@ -259,6 +294,7 @@ class _Sent:
     parameters: Tensors
     buffers: Tensors
     config: Mapping[str, Any]
+    key: str = ARRAYS
 
 
 class _Listening(Passing):
@@ -283,6 +319,10 @@ class _Listening(Passing):
         """Keep a round's replies."""
         if self._training and replies:
             self._eavesdropper._keep(self._round, replies)
+
+
+def _trained(model: nn.Module) -> list[str]:
+    return [name for name, value in model.named_parameters() if value.requires_grad]
 
 
 def _free(captures: str | Path) -> Path:

@@ -17,6 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedleak.errors import UsageError
+
 
 class LocalGrid(Grid):
     """Flower's Grid without a network: a message is answered by calling the ClientApp, an exception by an error reply.
@@ -145,6 +147,21 @@ class RayEngine:
     num_cpus: float = 1
     num_gpus: float = 0.0
     init_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, value in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus)):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 10**6:
+                raise UsageError(f"engine.{key}={value}: give a number from 0")
+        there = os.cpu_count() or 1
+        if "address" in self.init_args or "num_cpus" in self.init_args or "num_gpus" in self.init_args:
+            return  # a cluster, or what the user says is there
+        if self.num_cpus > there:
+            raise UsageError(f"engine.num_cpus={self.num_cpus}: no client would ever start, this machine has {there}")
+        if self.num_gpus > 0:
+            import torch
+
+            if self.num_gpus > torch.cuda.device_count():
+                raise UsageError(f"engine.num_gpus={self.num_gpus}: this machine has {torch.cuda.device_count()}")
 
     def run(self, server_app: ServerApp, client_app: ClientApp, clients: int) -> None:
         """Run the federation to its end; raises what the server raised."""

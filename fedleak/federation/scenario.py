@@ -19,6 +19,7 @@ from fedleak.federation.adversary import Adversary
 from fedleak.federation.strategy import Repeatable, dropped, sampled
 from fedleak.instantiate import Part
 from fedleak.models import build_model
+from fedleak.rounds import EVERYTHING, Keep
 from fedleak.seeding import derive_seed, generator
 from fedleak.setup import Federation, Setup
 from fedleak.threat import ThreatModel
@@ -46,6 +47,7 @@ class Scenario:
         auxiliary: what an attacker may be granted: indices into the test images, kept out of the utility's.
         condensed: condensed images and their labels, granted instead of them; None for none.
         utility: indices of the test images that measure utility.
+        keep: which updates, and what is behind them, are kept.
     """
 
     federation: Federation
@@ -62,6 +64,7 @@ class Scenario:
     adversary: Adversary
     strategy: Part
     condensed: tuple[Tensor, Tensor] | None = None
+    keep: Keep = EVERYTHING
 
     def training_in(self, server_round: int) -> LocalTraining:
         """How each client trains in a round."""
@@ -127,6 +130,7 @@ def build_scenario(setup: Setup) -> Scenario:
     seed, data = setup.seed, load_data(setup.data)
     partitioner = setup.partition.build(Callable)
     parts = partitioner(data.train_labels, setup.federation.clients, generator(seed, "partition"))
+    _check_parts(parts, setup)
     order = torch.randperm(len(data.test_labels), generator=generator(seed, "auxiliary"))
     held_back = min(AUXILIARY_IMAGES, len(order) // 4)
     return Scenario(
@@ -144,7 +148,18 @@ def build_scenario(setup: Setup) -> Scenario:
         adversary=setup.adversary.build(Adversary),
         condensed=None if setup.auxiliary is None else _condensed(setup.auxiliary, data),
         strategy=setup.strategy,
+        keep=setup.capture,
     )
+
+
+def _check_parts(parts: object, setup: Setup) -> None:
+    """Raise `UsageError` for what a partitioner of one's own may give instead of a tensor of indices a client."""
+    clients = setup.federation.clients
+    if not isinstance(parts, list | tuple) or len(parts) != clients:
+        raise UsageError(f"partition={setup.partition.name}: gives no list of {clients} tensors; give one a client")
+    for client, part in enumerate(parts):
+        if not isinstance(part, Tensor) or part.dim() != 1 or part.dtype != torch.int64 or len(part) == 0:
+            raise UsageError(f"partition={setup.partition.name}: client {client} gets no tensor [n] of int64 indices")
 
 
 def build_strategy(scenario: Scenario) -> Repeatable:
@@ -168,6 +183,7 @@ def build_strategy(scenario: Scenario) -> Repeatable:
         per_sample=scenario.threat.per_sample_gradients,
         adversary=scenario.adversary,
         step=federation.lr_in if federation.payload == "gradient" else None,
+        most_examples=max(federation.batch_size * federation.local_steps, max(map(len, scenario.parts))),
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 from torch.func import functional_call
 
 from fedleak.capture import Observation
@@ -18,6 +19,7 @@ from fedleak.data import to_float
 from fedleak.federation.eavesdropper import Eavesdropper
 from fedleak.federation.records import to_arrays, to_tensors
 from fedleak.federation.scenario import Scenario, build_strategy
+from fedleak.rounds import NOTHING
 
 ROUND_COLUMNS = ("round", "clients", "train_loss", "test_accuracy", "seconds")
 
@@ -53,9 +55,10 @@ def make_server_app(
     parameters, buffers = scenario.start()
     inner = build_strategy(scenario)
 
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        strategy = Eavesdropper(
+    def overheard() -> Strategy:
+        if scenario.keep == NOTHING:
+            return inner
+        return Eavesdropper(
             inner,
             run_dir / "captures",
             model=scenario.model,
@@ -69,9 +72,15 @@ def make_server_app(
             per_sample=scenario.threat.per_sample_gradients,
             client_of=inner.partition_of.get,
             every=federation.capture_every,
+            keep=scenario.keep,
             on_round=on_round,
             quiet=True,
         )
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = overheard()
+        run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "rounds.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(ROUND_COLUMNS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import sleep
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 
 from fedleak.capture import find_fault
 from fedleak.errors import FedleakError, UsageError, printable
+from fedleak.federation import claims
 from fedleak.federation.adversary import Adversary
 from fedleak.federation.records import (
     ARRAYS,
@@ -65,6 +66,7 @@ class Repeatable(Strategy):
         buffers: names of the arrays that are buffers, not parameters.
         per_sample: updates have a leading sample dimension, averaged here.
         adversary: alters what is sent to each client; None alters nothing.
+        most_examples: a client that counts more is not believed.
         step: where clients return gradients: round -> the server's learning rate (FedSGD). The strategy then gets each
             client's model after one such step; of the plain mean, which needs no detour, the step itself is taken.
 
@@ -83,6 +85,7 @@ class Repeatable(Strategy):
         per_sample: bool = False,
         adversary: Adversary | None = None,
         step: Callable[[int], float] | None = None,
+        most_examples: int = claims.MOST,
     ) -> None:
         self.strategy = strategy
         self.clients = clients
@@ -92,6 +95,8 @@ class Repeatable(Strategy):
         self.per_sample = per_sample
         self.adversary = adversary or Adversary()
         self.step = step
+        self.most_examples = most_examples
+        self.left_out = 0
         self.partition_of: dict[int, int] = {}
         self.aggregated = 0
         self.train_loss = float("nan")
@@ -108,9 +113,23 @@ class Repeatable(Strategy):
             sleep(0.2)
         questions = [Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         for answer in grid.send_and_receive(questions):
+            node, problem = answer.metadata.src_node_id, None
             if answer.has_error():
-                raise FedleakError(f"a client did not answer the server's first question: {answer.error.reason}")
-            self.partition_of[answer.metadata.src_node_id] = int(client_record(answer)[PARTITION])  # type: ignore[arg-type]
+                problem = answer.error.reason
+            else:
+                try:
+                    says: Mapping[str, Any] = client_record(answer)
+                    number = claims.whole(says, PARTITION, least=0)
+                    problem = "says no number" if number is None else None
+                    problem = "says another's number" if number in self.partition_of.values() else problem
+                except Exception as error:  # an answer of any form must not stop the federation
+                    problem = str(error)
+            if problem is None and number is not None:
+                self.partition_of[node] = number
+            else:
+                log.warning("a client takes no part, its first answer is unusable: %s", last_line(problem))
+        if not self.partition_of:
+            raise FedleakError("no client answered the server's first question; see the warnings above")
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -153,6 +172,7 @@ class Repeatable(Strategy):
                 usable.append(reply)
             else:
                 client = self.partition_of.get(reply.metadata.src_node_id)
+                self.left_out += 1
                 log.warning("round %d: client %s left out: %s", server_round, client, last_line(fault))
         self.aggregated = len(usable)
         if not usable:
@@ -196,11 +216,22 @@ class Repeatable(Strategy):
         return sum(c / sum(counts) * u[name] for c, u in zip(counts, updates, strict=True))  # type: ignore[return-value]
 
     def _fault(self, reply: Message) -> str | None:
+        """Why a reply cannot be averaged."""
         try:
             update = to_tensors(reply.content.array_records[ARRAYS])
         except Exception as error:  # a reply of any form must not stop the federation
             return f"no readable {ARRAYS} record: {error}"
-        return find_fault(self._parameters(update), self._parameters(self._sent), per_sample=self.per_sample)
+        try:
+            counted: Mapping[str, Any] = reply.content.metric_records[METRICS]
+            if claims.number(counted, EXAMPLES, least=1, most=self.most_examples) is None:
+                return f"{EXAMPLES} is missing"
+            if not isinstance(counted.get("train_loss"), int | float):
+                return "train_loss is no number"
+        except Exception as error:
+            return f"no readable {METRICS} record: {error}"
+        buffers = {name: value for name, value in self._sent.items() if name in self.buffers}
+        strange = find_fault({name: value for name, value in update.items() if name in buffers}, buffers)
+        return strange or find_fault(self._parameters(update), self._parameters(self._sent), per_sample=self.per_sample)
 
     @contextlib.contextmanager
     def _seeded(self, what: str, server_round: int) -> Iterator[None]:
@@ -248,12 +279,18 @@ def _only(grid: Grid, nodes: Sequence[int]) -> Grid:
 def _with(reply: Message, update: Tensors) -> Message:
     """A reply of a single client, with other arrays."""
     message = Message(
-        RecordDict({**reply.content, ARRAYS: to_arrays(update)}),
+        RecordDict({ARRAYS: to_arrays(update), METRICS: _counted(reply)}),  # whatever else it holds stays out
         dst_node_id=reply.metadata.dst_node_id,
         message_type=MessageType.TRAIN,
     )
     message.metadata.__dict__["_src_node_id"] = reply.metadata.src_node_id
     return message
+
+
+def _counted(reply: Message) -> MetricRecord:
+    """The numbers that our clients send, and no others, which not all may send."""
+    said = reply.content.metric_records[METRICS]
+    return MetricRecord({name: said[name] for name in (EXAMPLES, "train_loss")})
 
 
 def last_line(text: str | None) -> str:

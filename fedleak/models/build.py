@@ -13,6 +13,7 @@ from torch import nn
 
 from fedleak.errors import UsageError
 from fedleak.instantiate import Part, locate
+from fedleak.models.frozen import frozen_as_buffers
 from fedleak.models.init import INITIALISATIONS, initialise
 from fedleak.models.layers import Logits, Normalize, RepeatChannels
 
@@ -56,6 +57,7 @@ def build_model(part: Part, image_shape: tuple[int, int, int], classes: int, see
         if not isinstance(network, nn.Module):
             raise UsageError(f"model._target_={target} gave a {type(network).__name__}; it must give a torch.nn.Module")
         initialise(network, init)
+        frozen_as_buffers(network)
         model = _adapt(network, image_shape, normalize)
         _check(model, target, image_shape, classes)
     return model.train()

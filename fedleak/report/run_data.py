@@ -200,8 +200,9 @@ def _data(run: RunData, truth: Path) -> Counter[tuple[int, int]]:
     """How many images of each class each client trained on, from the truth of every round, attacked or not."""
     counts: Counter[tuple[int, int]] = Counter()
     store = TruthStore(truth)
-    for name, where in _updates(truth):
-        kept = _attempt(run, f"truth/{name}", None, partial(store.load, *where))
+    nothing: list[tuple[int, int]] = []
+    for where in _attempt(run, "truth", nothing, store.known):
+        kept = _attempt(run, f"truth of round {where[0]}, client {where[1]}", None, partial(store.load, *where))
         if kept is not None:
             counts.update((where[1], int(label)) for label in kept.labels)
     return counts

@@ -95,7 +95,7 @@ FILES = (
     "leakage.csv",
     "truth",
     "captures",
-    "truth/round-00001-client-00000.safetensors",
+    "truth/round-00001.shard",
     "captures/reconstructions/key/round-00001-client-00000.safetensors",
 )
 
