@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedleak import shards, tensorfile
+from fedleak import files, shards, tensorfile
 from fedleak.capture_index import digest, read_row
 from fedleak.errors import UsageError
 from fedleak.shards import Background
@@ -73,7 +73,7 @@ class Observation:
 def find_fault(
     update: Mapping[str, Tensor], parameters: Mapping[str, Tensor], *, per_sample: bool = False
 ) -> str | None:
-    """Why `update` is none of `parameters`: a missing name, a wrong shape or dtype, a value that is not finite."""
+    """Why `update` is none of `parameters`: a name missing, another shape or kind of number, a value not finite."""
     missing = sorted(set(parameters) - set(update))
     if missing:
         return f"missing tensor {missing[0]}"
@@ -83,11 +83,17 @@ def find_fault(
         shape = value.shape[1:] if per_sample else value.shape
         if shape != parameters[name].shape:
             return f"wrong shape: {name} is {list(shape)}, expected {list(parameters[name].shape)}"
-        if value.dtype != parameters[name].dtype:
+        if not _fits(value.dtype, parameters[name].dtype):
             return f"wrong dtype: {name} is {value.dtype}, expected {parameters[name].dtype}"
         if not torch.isfinite(value).all():
             return f"not finite: {name}"
     return None
+
+
+def _fits(dtype: torch.dtype, sent: torch.dtype) -> bool:
+    """Whether an answer in `dtype` is one to what was `sent`: a float may come back narrower, and never wider."""
+    narrower = dtype.is_floating_point and sent.is_floating_point and dtype.itemsize <= sent.itemsize
+    return dtype == sent or narrower
 
 
 def same_tensors(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -159,7 +165,7 @@ class CaptureStore:
             raise UsageError(f"{folder}: holds captures already; name another folder, or move these away")
         store = cls(folder, info, dtype=dtype)
         store._write_info()
-        tensorfile.write_atomically(folder / "index.jsonl", b"")
+        files.write_atomically(folder / "index.jsonl", b"")
         return store
 
     @classmethod
@@ -191,7 +197,7 @@ class CaptureStore:
             said["sealed"] = self._sealed
         said = json.loads(json.dumps(said))
         whole = {"format": FORMAT, **said, "sha256": digest(said)}
-        tensorfile.write_atomically(self.folder / "info.json", json.dumps(whole, indent=2).encode())
+        files.write_atomically(self.folder / "info.json", json.dumps(whole, indent=2).encode())
 
     def write(self, observation: Observation) -> None:
         """Add one observation, and wait until it is on disk."""
@@ -307,7 +313,7 @@ class CaptureStore:
             UsageError: a line is damaged, doubled or missing.
         """
         path = self.folder / "index.jsonl"
-        data = tensorfile.read_bytes(path)
+        data = files.read_bytes(path)
         rows, seen = [], set[tuple[int, int]]()
         for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
             row = read_row(line, None if self._written < 3 else number - 1)
@@ -375,7 +381,7 @@ class CaptureStore:
         if not re.fullmatch(r"[\w-][\w.-]*", name):  # none but the store's own files are opened
             raise UsageError(f"{self.folder / 'index.jsonl'}: {name!r} is no file of this store; restore the line")
         path = self.folder / name
-        data = tensorfile.read_bytes(path, row.get(f"{kind}_offset", 0), row.get(f"{kind}_size"))
+        data = files.read_bytes(path, row.get(f"{kind}_offset", 0), row.get(f"{kind}_size"))
         return tensorfile.parse(data, path, sha256=row[f"{kind}_sha256"])[0]
 
     def _whole(self, update: dict[str, Tensor], parameters: Mapping[str, Tensor], row: Mapping[str, Any]) -> Tensors:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedleak import tensorfile
+from fedleak import files
 from fedleak.evaluation.judge import Judgement
 from fedleak.evaluation.tables import leakage_by_round, round_table, summarise
 from fedleak.tracking import NoTracker, Tracker, finite
@@ -85,9 +85,9 @@ def _tell(
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write a table whole or not at all; missing values are empty cells."""
-    tensorfile.write_atomically(path, table.to_csv(index=False).encode())
+    files.write_atomically(path, table.to_csv(index=False).encode())
 
 
 def write_json(values: Mapping[str, Any], path: Path) -> None:
     """Write plain values whole or not at all."""
-    tensorfile.write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
+    files.write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())

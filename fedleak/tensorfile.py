@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedleak.errors import FedleakError, UsageError
+from fedleak import files
+from fedleak.errors import UsageError
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -134,7 +133,7 @@ def describe(head: bytes) -> tuple[int, dict[str, Any]]:
 def save(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None = None) -> str:
     """Write `tensors`, in order, and a JSON `header` to `path` atomically; returns the file's SHA-256."""
     data = pack(tensors, header)
-    write_atomically(path, data)
+    files.write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
@@ -144,17 +143,7 @@ def load(path: Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], d
     Raises:
         UsageError: the file is missing, truncated, altered or not ours.
     """
-    return parse(read_bytes(path), path, sha256=sha256)
-
-
-def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
-    """A file, or `size` bytes of it from `offset`; raises `UsageError` where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(-1 if size is None else size)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+    return parse(files.read_bytes(path), path, sha256=sha256)
 
 
 def parse(data: bytes, path: Path, *, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -167,29 +156,3 @@ def parse(data: bytes, path: Path, *, sha256: str | None = None) -> tuple[dict[s
         raise UsageError(
             f"{path}: damaged, not a readable safetensors file ({type(error).__name__}); restore it, or repeat the run"
         ) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and move it into place, so that a reader never sees half a file.
-
-    Raises:
-        FedleakError: the disk is full, or the folder cannot be written to; nothing is left there then.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        _remove(partial)
-        raise FedleakError(
-            f"{path}: cannot be written ({error.strerror}); make room, or name another folder"
-        ) from error
-    except BaseException:
-        _remove(partial)
-        raise
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()

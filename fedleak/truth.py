@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fedleak import shards, tensorfile
+from fedleak import files, shards, tensorfile
 from fedleak.errors import UsageError
 
 
@@ -57,12 +57,12 @@ class TruthStore:
         if len(places) > 1:
             raise UsageError(f"{path}: holds client {client} twice; restore the file, or repeat the run")
         if places:
-            data = tensorfile.read_bytes(path, *places[0])
+            data = files.read_bytes(path, *places[0])
         else:
             path = self.folder / f"round-{round:05d}-client-{client:05d}.safetensors"
             if not path.exists():
                 return None
-            data = tensorfile.read_bytes(path)
+            data = files.read_bytes(path)
         tensors, header = tensorfile.parse(data, path)
         try:
             truth = Truth(round, client, tensors["images"], tensors["labels"], header["local_steps"])

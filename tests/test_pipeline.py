@@ -248,7 +248,7 @@ def test_what_a_view_withholds_is_not_captured(tmp_path, view, capsys):
     seen = CaptureStore.open(folder / "captures").load()
     assert [(o.round, o.clients) for o in seen] == [(r, (0, 1, 2)) for r in (1, 2, 3)]
     assert all(bool(o.update) == (view == "sum") for o in seen)
-    assert len(list((folder / "captures").glob("round-*-client-*"))) == 3
+    assert len(list((folder / "captures").glob("round-*.shard"))) == 3
     attacks = pd.read_csv(folder / "attacks.csv")
     assert attacks["round"].tolist() == ([1, 2, 3] if view == "sum" else [1, 2])
     assert (attacks.update_residual < 1e-5).all()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedleak import shards, tensorfile
+from fedleak import files, shards, tensorfile
 from fedleak.cli import main
 from fedleak.errors import FedleakError, UsageError
 from fedleak.rounds import Keep
@@ -32,7 +32,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_no_half_blob():
     with pytest.raises(FedleakError, match=r"/dev/full: cannot be written \(No space left.*make room"):
         shards.append(Path("/dev/full"), b"x")
     with pytest.raises(FedleakError, match=r"/dev/full/x: cannot be written"):
-        tensorfile.write_atomically(Path("/dev/full/x"), b"x")
+        files.write_atomically(Path("/dev/full/x"), b"x")
 
 
 def test_jobs_are_done_in_order_and_whoever_brings_too_much_waits():

@@ -90,7 +90,7 @@ def test_parts_of_fedleak_are_free():
         assert is_own(own), own
     for other in (
         "os.system",
-        "fedleak.tensorfile.write_atomically",
+        "fedleak.files.write_atomically",
         "fedleak.nowhere.X",
         "fedleak.data.files.unpickle",
     ):

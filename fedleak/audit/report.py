@@ -16,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from fedleak import __version__, tensorfile
+from fedleak import __version__, files
 from fedleak.audit.findings import (
     EXPOSED,
     INCONCLUSIVE,
@@ -74,8 +74,8 @@ def write(audit: Audit, folder: Path) -> None:
         "advice": advice(audit.findings),
     }
     text = json.dumps(_finite(data), indent=2, allow_nan=False)
-    tensorfile.write_atomically(folder / "audit.json", text.encode())
-    tensorfile.write_atomically(folder / "audit.html", render(audit).encode())
+    files.write_atomically(folder / "audit.json", text.encode())
+    files.write_atomically(folder / "audit.html", render(audit).encode())
 
 
 def render(audit: Audit) -> str:

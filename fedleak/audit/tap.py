@@ -21,7 +21,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save
 
-from fedleak import tensorfile
+from fedleak import files
 
 FORMAT = "tap-1"
 """Of the folder that a tap writes."""
@@ -252,9 +252,7 @@ class Recorder:
             except FileExistsError:
                 continue
         self._kept: dict[str, str] = {}
-        tensorfile.write_atomically(
-            self.folder / "info.json", json.dumps({"format": FORMAT, **about}, indent=2).encode()
-        )
+        files.write_atomically(self.folder / "info.json", json.dumps({"format": FORMAT, **about}, indent=2).encode())
         (self.folder / "index.jsonl").touch()
 
     def line(self, row: Mapping[str, Any]) -> None:
@@ -278,7 +276,7 @@ class Recorder:
             told["sha256"] = hashlib.sha256(data).hexdigest()
             if told["sha256"] not in self._kept:
                 self._kept[told["sha256"]] = f"{kind}-{len(self._kept):06d}.safetensors"
-                tensorfile.write_atomically(self.folder / self._kept[told["sha256"]], data)
+                files.write_atomically(self.folder / self._kept[told["sha256"]], data)
             told["file"] = self._kept[told["sha256"]]
         return told
 

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from fedleak import __version__, tensorfile
+from fedleak import __version__, files
 from fedleak.errors import UsageError
 from fedleak.evaluation.matching import Match
 from fedleak.evaluation.metrics import RECOVERED_MSE
@@ -64,7 +64,7 @@ def write_report(run_dirs: Sequence[Path], output: Path) -> Path:
         raise UsageError(f"--output {output}: is a folder; name a file, such as {output / 'report.html'}")
     folders = [Path(folder) for folder in run_dirs]
     runs = [read_run(folder, name) for folder, name in zip(folders, distinct_names(folders), strict=True)]
-    tensorfile.write_atomically(output, render(runs).encode())
+    files.write_atomically(output, render(runs).encode())
     return output
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,6 +106,7 @@ def run_cell(cell: Cell) -> str:
     torch.set_num_threads(1)
     setup = cell.setup()
     quiet = Console(quiet=True)
+    shutil.rmtree(cell.folder, ignore_errors=True)  # what a killed one left half done
     done = pipeline.run(setup, cell.folder, quiet)
     captured = load_captured(setup, cell.folder).some(cell.moments, cell.victims)
     defense = setup.defense.build(Defense)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedleak import tensorfile
+from fedleak import files
 from fedleak.report.common import percent, small
 from fedleak.studies.frontier.cells import CLEAN, CONTROL
 from fedleak.studies.frontier.pictures import best_attack
@@ -45,7 +45,7 @@ def write_page(summary: pd.DataFrame, folder: Path, attackers: Sequence[str]) ->
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
     path = folder / "frontier.html"
-    tensorfile.write_atomically(path, page.encode())
+    files.write_atomically(path, page.encode())
     return path
 
 

@@ -1,0 +1,45 @@
+"""Whole files: written or not there at all. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from fedleak.errors import FedleakError, UsageError
+
+
+def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
+    """A file, or `size` bytes of it from `offset`; raises `UsageError` where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(-1 if size is None else size)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` beside `path` and move it into place, so that a reader never sees half a file.
+
+    Raises:
+        FedleakError: the disk is full, or the folder cannot be written to; nothing is left there then.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        _remove(partial)
+        raise FedleakError(
+            f"{path}: cannot be written ({error.strerror}); make room, or name another folder"
+        ) from error
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
