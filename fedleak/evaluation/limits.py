@@ -23,6 +23,8 @@ from fedleak.truth import Truth
 
 _WORK = 4e11
 """Products that all limits of a run may cost, the first apart: some ten seconds on two cores."""
+_FIRST = 1e12
+"""Products that the first may cost: twenty seconds."""
 _UNKNOWNS = 6400
 """Unknowns of one update, at most: their matrix takes 330 MB."""
 
@@ -54,7 +56,9 @@ def limits_of(
     size = torch.Size(knowledge.image_shape).numel()
     unknowns, numbers = len(truth.labels) * size, sum(p.numel() for p in knowledge.model.parameters())
     cost = unknowns**2 * (numbers + unknowns)
-    count = min(len(usable), max(1, int(_WORK // cost))) if unknowns <= _UNKNOWNS else 0
+    cost *= 1 if training.single else 4  # derivatives through a client's own loop
+    feasible = unknowns <= _UNKNOWNS and cost <= _FIRST
+    count = min(len(usable), max(1, int(_WORK // cost))) if feasible else 0
     chosen = [usable[round(k * (len(usable) - 1) / max(1, count - 1))] for k in range(count)]
     if not chosen:
         return {}
