@@ -13,7 +13,7 @@ from fedleak.studies.federations import cell_setup, check_cells, run_cells
 
 EXPERIMENTS = [name for name, _ in choices()["experiment"]]
 STUDIES = [name for name in EXPERIMENTS if name != "quick"]
-FEDERATION = ["attack=labels_only", "federation.rounds=1", "federation.clients=2"]
+FEDERATION = ["attack=labels_only", "limit=off", "federation.rounds=1", "federation.clients=2"]
 
 
 class Counting(Study):

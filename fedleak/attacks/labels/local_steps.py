@@ -116,14 +116,15 @@ def local_step_counts(
             answer, whose simulated clients come closest to the update.
         seed: decides every draw.
         clients: cheap simulations of each of the two regressions.
-        in_full: whole simulations of the last, fewer for large models.
+        in_full: whole simulations of the last, fewer for large models and many epochs.
     """
     total, classes = observation.training.samples, layer.classes
     reach = _reach(observation)
     assert total is not None
     path = _path(observation, layer, knowledge, images, max(2, min(30, 600 // classes - 1)))
     size = sum(value.numel() for value in observation.parameters.values())
-    in_full = max(4, min(in_full, int(in_full * 1e5 / size), int(in_full * 4e3 / total)))
+    fewer = min(1.0, 1e5 / size, 4e3 / total) / (observation.training.epochs or 1)
+    in_full = max(4, int(in_full * fewer))
     seen = path.readings(path.moments(weight, bias)[None], reach)
     generator = plain_generator(seed)
     share = error = torch.ones(())
