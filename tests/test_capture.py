@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from fedleak import tensorfile
-from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
+from fedleak.capture import CaptureInfo, CaptureStore
 from fedleak.errors import UsageError
+from fedleak.observation import Observation, find_fault
 from fedleak.threat import ThreatModel
 from fedleak.training import SGD, AdamW, LocalTraining
 

@@ -87,7 +87,11 @@ def test_the_ground_floor_stands_on_nothing_above_it():
         "fedleak.local_update": {"training"},
         "fedleak.seeding": set(),
         "fedleak.files": {"errors"},
-        "fedleak.capture": {"capture_index", "errors", "files", "shards", "tensorfile", "threat", "training"},
+        "fedleak.observation": {"training"},
+        "fedleak.capture": {
+            *("capture_index", "errors", "files", "observation", "shards"),
+            *("tensorfile", "threat", "training"),
+        },
         "fedleak.defenses.base": {"errors", "training"},
     }.items():
         own = {n.split(".")[1] for n in imported(module, everywhere=True) if n.startswith("fedleak.")}

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedleak.capture import Observation, same_tensors
 from fedleak.errors import UsageError
+from fedleak.observation import Observation, same_tensors
 from fedleak.training import SGD, LocalTraining, Tensors
 
 

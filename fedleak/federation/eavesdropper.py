@@ -21,11 +21,12 @@ from fedleak.attacks.views import shown
 from fedleak.audit.fit import rename
 from fedleak.audit.steps import reconcile
 from fedleak.audit.tap import Passing
-from fedleak.capture import CaptureInfo, CaptureStore, Observation, find_fault
+from fedleak.capture import CaptureInfo, CaptureStore
 from fedleak.errors import FedleakError, printable
 from fedleak.federation import claims
 from fedleak.federation.records import ARRAYS, PARTITION, client_record, to_tensors
 from fedleak.federation.strategy import last_line
+from fedleak.observation import Observation, find_fault
 from fedleak.rounds import Keep
 from fedleak.threat import ThreatModel
 from fedleak.training import SGD, ClientOptimizer, LocalTraining, Payload, Tensors

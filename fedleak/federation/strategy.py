@@ -15,7 +15,6 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
 
-from fedleak.capture import find_fault
 from fedleak.errors import FedleakError, UsageError, printable
 from fedleak.federation import claims
 from fedleak.federation.adversary import Adversary
@@ -29,6 +28,7 @@ from fedleak.federation.records import (
     to_arrays,
     to_tensors,
 )
+from fedleak.observation import find_fault
 from fedleak.seeding import derive_seed, generator
 from fedleak.training import Tensors
 

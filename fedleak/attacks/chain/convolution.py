@@ -66,7 +66,8 @@ class Convolution(Layer):
         z = (self.w @ self.patches).unflatten(0, self.batch)
         if self.bias is not None:
             z = z + rows[self.bias][:, None, :, None]
-        return z.unflatten(3, self.size)
+        result: Tensor = z.unflatten(3, self.size)
+        return result
 
     def backward(self, rows: Rows, delta: Tensor) -> Tensor | None:
         """``[P, B, C, H, W]``."""
@@ -107,31 +108,35 @@ class Convolution(Layer):
     def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """``[P, B, O, H', W']``."""
         self.pulled = self._each(self.pulled)
-        result = self.pulled @ self.patches
+        by_weights = self.pulled @ self.patches
         if by_delta is not None:
-            result.baddbmm_(self.w, self._patches(by_delta.flatten(0, 1)))
-        result = result.unflatten(0, self.batch)
+            by_weights.baddbmm_(self.w, self._patches(by_delta.flatten(0, 1)))
+        result: Tensor = by_weights.unflatten(0, self.batch)
         if self.bias is not None:
             result = result + self.bias_pulled[:, None, :, None]
-        return result.unflatten(3, self.size)
+        result = result.unflatten(3, self.size)
+        return result
 
     def backward_again(self, rows: Rows, by_output: Tensor) -> Tensor:
         """``[P, B, C, H, W]``."""
         weights = torch.cat([self.pulled, self.w], 1)
         outputs = torch.cat([self.delta, by_output.flatten(0, 1).flatten(2)], 1)
-        return self._unpatch(weights.mT @ outputs).unflatten(0, self.batch)
+        result: Tensor = self._unpatch(weights.mT @ outputs).unflatten(0, self.batch)
+        return result
 
     def tangent(self, rows: Rows, t: Tensor) -> Tensor:
         """``[P, K, O, H', W']``."""
         self.patches_dot = self._patches(t.flatten(0, 1)).unflatten(0, t.shape[:2])
-        return (self.w[:, None] @ self.patches_dot).unflatten(3, self.size)
+        result: Tensor = (self.w[:, None] @ self.patches_dot).unflatten(3, self.size)
+        return result
 
     def tangent_back(self, rows: Rows, t: Tensor) -> Tensor | None:
         """``[P, K, C, H, W]``."""
         self.delta_dot = t = t.flatten(3)
         if self.first:
             return None
-        return self._unpatch((self.w.mT[:, None] @ t).flatten(0, 1)).unflatten(0, t.shape[:2])
+        result: Tensor = self._unpatch((self.w.mT[:, None] @ t).flatten(0, 1)).unflatten(0, t.shape[:2])
+        return result
 
     def columns(self) -> dict[str, Dense | Factored]:
         """Kernel ``[P, K, O·C·kh·kw]`` and bias ``[P, K, O]``."""
@@ -147,7 +152,8 @@ class Convolution(Layer):
         """``[P, 1, O, H', W']``."""
         t = moved[self.weight].flatten(2) @ self.patches
         t = t if self.bias is None else t + moved[self.bias][:, :, None]
-        return t[:, None].unflatten(3, self.size)
+        result: Tensor = t[:, None].unflatten(3, self.size)
+        return result
 
     def tangent_back_of_weights(self, moved: Rows) -> Tensor | None:
         """``[P, 1, C, H, W]``."""

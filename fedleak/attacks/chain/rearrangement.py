@@ -37,11 +37,13 @@ class Rearrangement(Layer):
 
     def _back(self, outputs: Tensor) -> Tensor:
         like = self.a[:1, :1].expand(*outputs.shape[:2], *self.a.shape[2:])  # the transpose reads its shape alone
-        return self.transpose(like.flatten(0, 1), outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+        result: Tensor = self.transpose(like.flatten(0, 1), outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+        return result
 
     @staticmethod
     def _each(function: Callable[[Tensor], Tensor], a: Tensor) -> Tensor:
-        return function(a.flatten(0, 1)).unflatten(0, a.shape[:2])
+        result: Tensor = function(a.flatten(0, 1)).unflatten(0, a.shape[:2])
+        return result
 
     def tangent(self, rows: Rows, t: Tensor) -> Tensor:
         """What the function makes of each direction."""
@@ -62,7 +64,8 @@ class MaxPool(Layer):
         """``[P, B, C, H', W']``."""
         self.shape = a.shape
         values, self.winners = F.max_pool2d(a.flatten(0, 1), *self.options, return_indices=True)
-        return values.unflatten(0, a.shape[:2])
+        result: Tensor = values.unflatten(0, a.shape[:2])
+        return result
 
     def _back(self, outputs: Tensor) -> Tensor:
         """To the winners, of ``[P, B or K, C, H', W']``; with one sample a problem the K share its winners."""
@@ -76,7 +79,8 @@ class MaxPool(Layer):
 
     def _winners(self, like: Tensor) -> Tensor:
         winners = self.winners.flatten(2).unflatten(0, self.shape[:2])
-        return winners.expand(*like.shape[:2], -1, -1)
+        result: Tensor = winners.expand(*like.shape[:2], -1, -1)
+        return result
 
     def backward(self, rows: Rows, delta: Tensor) -> Tensor | None:
         """``[P, B, C, H, W]``."""
@@ -114,8 +118,9 @@ def average_pool(module: nn.AvgPool2d) -> Rearrangement:
 
     def transpose(a: Tensor, out: Tensor) -> Tensor:
         kernel, stride, padding = (list(nn.modules.utils._pair(option)) for option in options[:3])
-        return torch.ops.aten.avg_pool2d_backward(
+        result: Tensor = torch.ops.aten.avg_pool2d_backward(
             out, a, kernel, stride, padding, *options[3:], module.divisor_override
         )
+        return result
 
     return Rearrangement(lambda a: F.avg_pool2d(a, *options, module.divisor_override), transpose)

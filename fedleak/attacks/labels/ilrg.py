@@ -44,7 +44,8 @@ def solve_counts(confidences: Tensor, bias: Tensor, totals: Tensor) -> Tensor:
     target = torch.cat([bias.double() * totals[:, None], totals[:, None].double()], dim=1)
     gram = system.transpose(1, 2) @ system
     ridge = 1e-10 * gram.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] * torch.eye(classes, dtype=torch.float64)
-    return torch.linalg.solve(gram + ridge, system.transpose(1, 2) @ target[..., None])[..., 0]
+    result: Tensor = torch.linalg.solve(gram + ridge, system.transpose(1, 2) @ target[..., None])[..., 0]
+    return result
 
 
 class ILRG(CountInference):

@@ -32,7 +32,8 @@ class Reader(nn.Module):
         hidden = self.each(values)
         most, mean = hidden.amax(dim=1, keepdim=True), hidden.mean(dim=1, keepdim=True)
         together = torch.cat([hidden, most.expand_as(hidden), mean.expand_as(hidden)], dim=2)
-        return self.share(together)[..., 0].softmax(dim=1)
+        result: Tensor = self.share(together)[..., 0].softmax(dim=1)
+        return result
 
 
 def train_and_read(
@@ -68,7 +69,8 @@ def train_and_read(
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        return reader(seen).double()
+        result: Tensor = reader(seen).double()
+        return result
 
 
 def read_shares(

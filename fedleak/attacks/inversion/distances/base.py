@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedleak.attacks.functional import functional_copy
 from fedleak.attacks.inversion.objectives import Objective
 from fedleak.attacks.problem import Problem
-from fedleak.capture import same_tensors
+from fedleak.observation import same_tensors
 
 Rows = dict[str, Tensor]
 """Tensors with the problems as their first dimension."""

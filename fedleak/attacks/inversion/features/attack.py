@@ -21,9 +21,9 @@ from fedleak.attacks.inversion.features.body import Body
 from fedleak.attacks.inversion.features.search import Cooling, Search
 from fedleak.attacks.inversion.features.unwind import Unwound, split_batch, unwind
 from fedleak.attacks.inversion.map.attack import image_prior
-from fedleak.attacks.inversion.peeling.features import batch_features
 from fedleak.attacks.problem import Problem, pose
 from fedleak.attacks.results import Progress, Reconstruction, StopReason
+from fedleak.attacks.row_space import batch_features
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.seeding import generator

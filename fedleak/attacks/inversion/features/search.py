@@ -83,7 +83,8 @@ class Search:
 
     def images(self, z: Tensor) -> Tensor:
         """``[S, B, C, H, W]`` of the prior's coordinates ``[S, B, D]``."""
-        return (self.mean + z @ self.root).unflatten(2, self.shape)
+        result: Tensor = (self.mean + z @ self.root).unflatten(2, self.shape)
+        return result
 
     def misfit(self, images: Tensor, temperature: float) -> Tensor:
         """Relative squares of the features' gap and of every gradient's, added up: ``[S]``."""

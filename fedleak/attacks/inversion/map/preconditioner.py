@@ -76,7 +76,8 @@ class Preconditioner:
         if self.block_factors is not None:
             own = torch.cholesky_solve(unit.flatten(0, 1)[..., None], self.block_factors)[..., 0].view(unit.shape)
             found = own + torch.nn.functional.pad(found, (0, unit.shape[2] - self.lead))
-        return found.double() * size
+        result: Tensor = found.double() * size
+        return result
 
 
 def _cholesky(gram: Tensor, s: Tensor, damping: Tensor, lift: float) -> tuple[Tensor, float]:

@@ -62,7 +62,8 @@ def _posterior(solver: GaussNewton, state: State, place: int) -> Tensor:
     matrix = rows.mT @ rows
     matrix.diagonal().add_(1)
     told = torch.linalg.solve_triangular(torch.linalg.cholesky(matrix), rows.mT, upper=False)
-    return (1 - told.square().sum(0)).clamp(min=0).view(-1, width)
+    result: Tensor = (1 - told.square().sum(0)).clamp(min=0).view(-1, width)
+    return result
 
 
 def drowned(solver: GaussNewton, state: State, precision: Rows, told: Tensor, noises: list[Noise]) -> Tensor:

@@ -173,7 +173,8 @@ def _probes(like: Tensor) -> Tensor:
 def _solve(factor: Tensor, right: Tensor) -> Tensor:
     """(L Lᵀ)⁻¹ of ``[N, n]``; unlike `torch.cholesky_solve` it does not copy the factors."""
     half = torch.linalg.solve_triangular(factor, right[..., None], upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
+    result: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)[..., 0]
+    return result
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -181,4 +182,5 @@ def _cholesky(matrix: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool((info != 0).any()):
         factor[info != 0] = torch.nan
-    return factor
+    result: Tensor = factor
+    return result

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from fedleak.attacks.chain import Linear, Pointwise
 from fedleak.attacks.inversion.peeling.chain import Chain
 from fedleak.attacks.inversion.peeling.estimate import Estimate, apply_transposed, estimate_input
-from fedleak.attacks.inversion.peeling.features import batch_features
 from fedleak.attacks.inversion.peeling.search import search
+from fedleak.attacks.row_space import batch_features
 
 ROUNDING = 2.0**-23
 """Relative rounding of float32, doubled: clients and servers both round."""
@@ -92,13 +92,15 @@ def peel(
         if position:
             delta = apply_transposed(tall, kernel, delta)
     assert outputs is not None
-    return outputs.mean.unflatten(2, (batch, -1)).transpose(1, 2).reshape(-1, batch, *chain.image_shape)
+    result: Tensor = outputs.mean.unflatten(2, (batch, -1)).transpose(1, 2).reshape(-1, batch, *chain.image_shape)
+    return result
 
 
 def _regroup(values: Tensor, batch: int, channels: int) -> Tensor:
     """Values ``[N, X, B·Y]`` as ``[N, channels, B·Z]``, each sample's own in the same order."""
     each = values.unflatten(2, (batch, -1)).transpose(1, 2)
-    return each.reshape(len(values), batch, channels, -1).transpose(1, 2).flatten(2)
+    result: Tensor = each.reshape(len(values), batch, channels, -1).transpose(1, 2).flatten(2)
+    return result
 
 
 def determined(layer: Linear) -> bool:

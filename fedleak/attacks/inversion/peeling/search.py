@@ -200,7 +200,8 @@ def _whitening(spread: Tensor) -> Tensor:
     eye = torch.eye(size, dtype=spread.dtype, device=spread.device)
     mean = spread.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     factor = torch.linalg.cholesky_ex(spread + 1e-7 * mean * eye)[0]
-    return torch.linalg.solve_triangular(factor, eye.expand_as(spread), upper=False)
+    result: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(spread), upper=False)
+    return result
 
 
 class _Patches(torch.autograd.Function):

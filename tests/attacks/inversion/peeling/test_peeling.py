@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
-from fedleak.attacks.inversion.peeling import Peeling, closed_form, features
+from fedleak.attacks.inversion.peeling import Peeling, closed_form
 from fedleak.attacks.inversion.peeling.chain import Chain
 from fedleak.attacks.inversion.peeling.recursion import last_delta
 from fedleak.attacks.results import Reconstruction
+from fedleak.attacks.row_space import samples
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.models.lenet import LeNet
@@ -326,7 +327,7 @@ def test_features_that_are_known_are_refined_and_not_sought(monkeypatch):
     (sought,) = Peeling().invert([observation], [guess(*labels)], knowledge, Run())
     with torch.no_grad():
         known = fresh(LeNet(shape, classes), 0).body(images)
-    monkeypatch.setattr(features, "_starts", None)
+    monkeypatch.setattr(samples, "_starts", None)
     noise = torch.randn(known.shape, generator=torch.Generator().manual_seed(0))
     given = replace(guess(*labels), features=known + 1e-4 * noise)
     (result,) = Peeling().invert([observation], [given], knowledge, Run())

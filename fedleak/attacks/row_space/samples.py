@@ -1,13 +1,13 @@
-"""Row-space matching: every sample's features from the last layer's gradient of a whole batch.
+"""Each sample of a batch alone: its features from the last layer's gradient, for a given label.
 
-The last layer's gradient is G = ∂L/∂[W b] = Σ_i r_i h̃_iᵀ / B with h̃_i = [h_i; 1] and r_i = softmax(W h_i + b) − e_y.
-If B ≤ classes and G has rank B, then its singular vectors U ``[classes, B]`` and R ``[d + 1, B]`` span the r_i and the
-h̃_i. So h̃_i = R c for some c in ℝ^B, and what is left of r_i outside the span of U must vanish:
+If B ≤ classes and the gradient G = Σ_i r_i h̃_iᵀ / B has rank B, then its singular vectors U ``[C, B]`` and R
+``[d + 1, B]`` span the r_i and the h̃_i. So h̃_i = R c for some c in ℝ^B, and what is left of r_i outside the span of U
+must vanish:
 
     (I − U Uᵀ) (softmax([W b] R c) − e_y) = 0        with        (R c)_{d+1} = 1.
 
-Those are classes − B equations in B − 1 unknowns, for each sample alone: a batch falls apart into its samples. A label
-that is not in the batch has no root, as a rule.
+Those are C − B equations in B − 1 unknowns, for each sample alone: a batch falls apart into its samples. A label that
+is not in the batch has no root, as a rule.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedleak.attacks.row_space.space import RowSpace, row_space
 from fedleak.seeding import plain_generator
 
 
@@ -51,13 +52,9 @@ class BatchFeatures:
     error: Tensor
 
 
-def row_space_features(
-    weight: Tensor,
-    bias: Tensor,
-    weight_gradient: Tensor,
-    bias_gradient: Tensor,
+def sample_roots(
+    space: RowSpace,
     labels: Tensor,
-    batch_size: int,
     *,
     starts: int = 16,
     steps: int = 60,
@@ -67,12 +64,9 @@ def row_space_features(
     """Solve for the features of a sample of each label, by Levenberg–Marquardt from several starts at once.
 
     Args:
-        weight: ``[N, C, d]``, the last layer of each update's model.
-        bias: ``[N, C]``.
-        weight_gradient: ``[N, C, d]``, of the mean cross-entropy.
-        bias_gradient: ``[N, C]``.
+        space: N updates of batches of B, at most half of the classes, or there is nothing to match; the last layer
+            has a bias.
         labels: ``[N, L]`` int64, label hypotheses.
-        batch_size: samples in the batch, B; at most half of the classes and at most d, or there is nothing to match.
         starts: starts for each label; they are combinations of the gradient's rows, so nothing else need be known.
         steps: Levenberg–Marquardt steps.
         seed: decides the starts.
@@ -81,24 +75,21 @@ def row_space_features(
     Returns:
         the end of every start; float64, computed where the inputs lie.
     """
-    weights = torch.cat([weight, bias[..., None]], -1).double()
-    gradients = torch.cat([weight_gradient, bias_gradient[..., None]], -1).double()
-    left, values, right = torch.linalg.svd(gradients, full_matrices=False)
-    left, values, rows = left[..., :batch_size], values[:, :batch_size], right[:, :batch_size].mT
-    logits = weights @ rows  # [N, C, B]
+    rows, logits = space.basis, space.head
     if initial is None:
-        c = _starts(gradients, rows, starts, seed)[:, None].expand(-1, labels.shape[1], -1, -1)  # [N, L, S, B]
+        c = _starts(space, starts, seed)[:, None].expand(-1, labels.shape[1], -1, -1)  # [N, L, S, B]
     else:
         c = F.pad(initial.double(), (0, 1), value=1.0) @ rows[:, None]
         c = c / (c @ rows[:, None, -1, :, None])
-    one_hot = F.one_hot(labels, weight.shape[1]).double()[:, :, None]
+    one_hot = F.one_hot(labels, logits.shape[1]).double()[:, :, None]
     # Steps stay where the last feature is 1: they are orthogonal to R's last row.
     tangent = torch.linalg.svd(rows[:, -1:], full_matrices=True).Vh[:, 1:].mT  # [N, B, B − 1]
     slopes = (logits @ tangent)[:, None, None]
-    span = left[:, None, None]
+    span = space.left[:, None, None]
 
     def outside(vectors: Tensor) -> Tensor:
-        return vectors - span @ (span.mT @ vectors)
+        within: Tensor = span @ (span.mT @ vectors)
+        return vectors - within
 
     def residual(c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         p = (c @ logits.mT[:, None]).softmax(-1)
@@ -121,28 +112,28 @@ def row_space_features(
         damping = torch.where(better, damping / 3, damping * 4).clamp(1e-12, 1e10)
     features = (c @ rows.mT[:, None])[..., :-1]
     size = (p - one_hot).square().sum(-1)
-    return Roots(features, value / size.clamp(min=1e-30), values[:, -1] / values[:, 0])
+    return Roots(features, value / size.clamp(min=1e-30), space.singular[:, -1] / space.singular[:, 0])
 
 
-def _starts(gradients: Tensor, rows: Tensor, starts: int, seed: int) -> Tensor:
+def _starts(space: RowSpace, starts: int, seed: int) -> Tensor:
     """Points ``[N, S, B]`` of the row space with a last feature of 1.
 
     A row of a class that is not in the batch, divided by its bias gradient, is a weighted mean of the batch's features;
     differences of such means, stretched, reach beyond them.
     """
-    coordinates = gradients @ rows  # [N, C, B]
-    positive = gradients[..., -1] > 0
-    mass = torch.where(positive, gradients[..., -1], 0.0)
+    coordinates = space.target  # [N, C, B]
+    bias = (coordinates @ space.one[..., None])[..., 0]
+    positive = bias > 0
+    mass = torch.where(positive, bias, 0.0)
     centre = (coordinates * positive[..., None]).sum(1) / mass.sum(1, keepdim=True)
-    means = coordinates / torch.where(positive, gradients[..., -1], torch.inf)[..., None]
+    means = coordinates / torch.where(positive, bias, torch.inf)[..., None]
     spread = torch.where(positive[..., None], means - centre[:, None], 0.0)
     generator = plain_generator(seed)
-    mix = torch.randn(starts, gradients.shape[1], generator=generator, dtype=torch.float64).to(gradients)
+    mix = torch.randn(starts, bias.shape[1], generator=generator, dtype=torch.float64).to(bias)
     mix = mix / positive.sum(1).clamp(min=1).sqrt()[:, None, None]
     mix[:, 0] = 0
-    c = centre[:, None] + mix @ spread
-    last = c @ rows[:, -1, :, None]
-    return c / last
+    c: Tensor = centre[:, None] + mix @ spread
+    return c / (c @ space.one[..., None])
 
 
 def batch_features(
@@ -161,51 +152,52 @@ def batch_features(
     off, and the rest is the gradient of a smaller batch.
 
     Args:
-        weight, bias, weight_gradient, bias_gradient: as for `row_space_features`.
+        weight: ``[N, C, d]``, the last layer of each update's model.
+        bias: ``[N, C]``.
+        weight_gradient: ``[N, C, d]``, of the mean cross-entropy.
+        bias_gradient: ``[N, C]``.
         labels: ``[N, B]`` int64.
         known: ``[N, B, d]``, the features where they were found before, in the order of the labels: then they are
             only refined.
         seed: decides the starts.
     """
     weight, bias, weight_gradient, bias_gradient = (v.double() for v in (weight, bias, weight_gradient, bias_gradient))
-    problem = (weight, bias, weight_gradient, bias_gradient)
     size = labels.shape[1]
+    space = row_space(weight_gradient, bias_gradient, weight, bias, size)
     if known is not None:
-        features = _best(row_space_features(*problem, labels, size, initial=known[:, :, None], steps=20))
+        features = _best(sample_roots(space, labels, initial=known[:, :, None], steps=20))
     else:
-        features = _best(row_space_features(*problem, labels, size, seed=seed))
+        features = _best(sample_roots(space, labels, seed=seed))
         for index in (n for n, own in enumerate(labels) if len(own.unique()) < size):
-            one = [v[index : index + 1] for v in problem]
-            features[index] = _one_by_one(one, labels[index], features[index], seed)
+            one = [v[index : index + 1] for v in (weight, bias, weight_gradient, bias_gradient)]
+            at = torch.tensor([index], device=labels.device)
+            features[index] = _one_by_one(one, space[at], labels[index], features[index], seed)
     logits = features @ weight.mT + bias[:, None]
     p = logits.softmax(-1)
     r = p - F.one_hot(labels, weight.shape[1])
     extended = F.pad(features, (0, 1), value=1.0)
     wanted = torch.cat([weight_gradient, bias_gradient[..., None]], -1)
     gap = r.mT @ extended / size - wanted
-    std = _feature_std(wanted, torch.cat([weight, bias[..., None]], -1), p, r, extended)
+    std = _feature_std(space, p, r, extended)
     return BatchFeatures(features, std, gap.square().sum((1, 2)) / wanted.square().sum((1, 2)))
 
 
-def _feature_std(gradient: Tensor, weight: Tensor, p: Tensor, r: Tensor, features: Tensor) -> Tensor:
-    """What noise in the gradient ``[N, C, d + 1]`` does to features ``[N, B, d + 1]``, ``[N, B]``, to first order.
+def _feature_std(space: RowSpace, p: Tensor, r: Tensor, features: Tensor) -> Tensor:
+    """What noise in the gradient does to features ``[N, B, d + 1]``, ``[N, B]``, to first order.
 
     The noise is read off the singular values that should be zero. It tilts the k-th singular vectors by noise / S_k,
     which moves a feature within its own span and, through the equations, along it.
     """
-    batch = features.shape[1]
-    left, values, right = torch.linalg.svd(gradient, full_matrices=False)
-    left, rows = left[..., :batch], right[:, :batch].mT
-    spare = (gradient.shape[1] - batch) * (gradient.shape[2] - batch)
-    noise = (values[:, batch:].square().sum(1, keepdim=True) / spare).sqrt() / values[:, :batch]  # [N, B]
-    tangent = torch.linalg.svd(rows[:, -1:], full_matrices=True).Vh[:, 1:].mT
-    slopes = (weight @ rows @ tangent)[:, None]
+    noise = space.noise[:, None] / space.singular  # [N, B]
+    tangent = torch.linalg.svd(space.one[:, None], full_matrices=True).Vh[:, 1:].mT
+    slopes = (space.head @ tangent)[:, None]
     jacobian = p[..., None] * (slopes - p[..., None, :] @ slopes)
-    jacobian = jacobian - left[:, None] @ (left.mT[:, None] @ jacobian)  # [N, B, C, B − 1]
+    jacobian = jacobian - space.left[:, None] @ (space.left.mT[:, None] @ jacobian)  # [N, B, C, B − 1]
     spread = 1 / torch.linalg.svdvals(jacobian.nan_to_num(0, 0, 0)).square().clamp(min=1e-30)
-    outside = (r @ left).square() @ noise.square()[..., None]  # noise of an equation, [N, B, 1]
-    tilt = (features @ rows).square() @ noise.square()[..., None]
-    return (outside[..., 0] * spread.sum(-1) / features.shape[-1] + tilt[..., 0]).sqrt()
+    outside = (r @ space.left).square() @ noise.square()[..., None]  # noise of an equation, [N, B, 1]
+    tilt = (features @ space.basis).square() @ noise.square()[..., None]
+    std: Tensor = (outside[..., 0] * spread.sum(-1) / features.shape[-1] + tilt[..., 0]).sqrt()
+    return std
 
 
 def _best(roots: Roots) -> Tensor:
@@ -214,7 +206,7 @@ def _best(roots: Roots) -> Tensor:
     return roots.features.gather(2, best)[:, :, 0]
 
 
-def _one_by_one(problem: list[Tensor], labels: Tensor, features: Tensor, seed: int) -> Tensor:
+def _one_by_one(problem: list[Tensor], space: RowSpace, labels: Tensor, features: Tensor, seed: int) -> Tensor:
     """The features ``[B, d]`` of one batch whose labels ``[B]`` repeat, from those of the first of each label."""
     weight, bias, weight_gradient, bias_gradient = problem
     size = len(labels)
@@ -227,10 +219,7 @@ def _one_by_one(problem: list[Tensor], labels: Tensor, features: Tensor, seed: i
             r = (known @ weight[0].T + bias[0]).softmax(-1) - F.one_hot(labels[found], weight.shape[1])
             less = weight_gradient - (r.T @ known)[None] / size, bias_gradient - r.sum(0)[None] / size
             wanted = labels[chosen][None]
-            rough = _best(row_space_features(weight, bias, *less, wanted, len(rest), seed=seed))[:, :, None]
-            roots = row_space_features(
-                weight, bias, weight_gradient, bias_gradient, wanted, size, initial=rough, steps=20
-            )
-            features[chosen] = _best(roots)[0]
+            rough = _best(sample_roots(row_space(*less, weight, bias, len(rest)), wanted, seed=seed))
+            features[chosen] = _best(sample_roots(space, wanted, initial=rough[:, :, None], steps=20))[0]
         found += chosen
     return features

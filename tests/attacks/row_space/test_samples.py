@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fedleak.attacks.inversion.peeling.features import batch_features, row_space_features
+from fedleak.attacks.row_space import batch_features, row_space, sample_roots
 
 
 def batches(count, labels, classes=40, width=60, seed=0):
@@ -44,7 +44,8 @@ def test_every_sample_gets_its_own_features(labels):
 def test_the_residual_tells_present_labels_from_absent_ones():
     labels = [2, 11, 17, 30]
     _, *layer = batches(4, labels)
-    roots = row_space_features(*layer, torch.arange(40).expand(4, -1), 4)
+    weight, bias, *gradients = layer
+    roots = sample_roots(row_space(*gradients, weight, bias, 4), torch.arange(40).expand(4, -1))
     best = roots.residual.amin(-1)
     present = torch.zeros(40, dtype=torch.bool)
     present[labels] = True
