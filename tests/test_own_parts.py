@@ -14,7 +14,7 @@ from fedleak.cli import main
 from fedleak.errors import UsageError
 from fedleak.models import LeNet
 
-FEDERATION = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=2"]
+FEDERATION = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=2", "limit=off"]
 
 
 @pytest.fixture

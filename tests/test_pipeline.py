@@ -131,7 +131,8 @@ def test_another_attack_on_the_same_captures_leaves_the_run_alone(small_run, tmp
 
 
 def test_fedavg_of_one_step_and_fedsgd_leak_the_same_labels(tmp_path):
-    common = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=3", "attack=labels_only"]
+    federation = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=3"]
+    common = [*federation, "attack=labels_only", "limit=off"]
     leaked = []
     for payload in ("gradient", "weights"):
         folder = tmp_path / payload
@@ -187,7 +188,8 @@ def test_victims_are_chosen_by_round_and_client():
 
 
 def test_a_long_federation_can_be_thinned_without_changing_what_is_kept(tmp_path):
-    run = ["run", "attack=labels_only", "federation.clients=2", "federation.rounds=4", "federation.batch_size=2"]
+    cheap = ["attack=labels_only", "attack/labels=llg", "limit=off"]
+    run = ["run", *cheap, "federation.clients=2", "federation.rounds=4", "federation.batch_size=2"]
     thin = ["federation.capture_every=2", "federation.evaluate_every=2"]
     assert main([*run, f"output_dir={tmp_path / 'whole'}"]) == 0
     assert main([*run, *thin, f"output_dir={tmp_path / 'thin'}"]) == 0

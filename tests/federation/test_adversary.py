@@ -14,7 +14,8 @@ from fedleak.federation.scenario import build_scenario, shared_model
 from fedleak.pipeline import attacker_knowledge
 from fedleak.setup import compose
 
-RUN = ["run", "federation.rounds=2", "federation.clients=3", "federation.batch_size=2", "attack=labels_only"]
+CHEAP = ["attack=labels_only", "attack/labels=llg", "limit=off"]
+RUN = ["run", "federation.rounds=2", "federation.clients=3", "federation.batch_size=2", *CHEAP]
 
 
 class Marks(Adversary):
