@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from fedleak.observation import Observation as Observation
 from fedleak.observation import same_tensors
 from fedleak.shards import Background
 from fedleak.threat import ThreatModel
-from fedleak.training import SGD, ClientOptimizer, LocalTraining, Tensors
+from fedleak.training import SGD, ClientOptimizer, LocalTraining, Tensors, known_optimizer, optimizer_node
+
+log = logging.getLogger("fedleak")
 
 FORMAT = 3
 """Of the captures on disk: 1 knew no epochs, no optimiser but plain SGD, and did not say its number; 1 and 2 had a file
@@ -118,6 +120,21 @@ class CaptureStore:
             raise UsageError(f"{folder / 'info.json'}: damaged ({error}); restore it, or repeat the run") from error
         return cls(folder, info, written=written, sealed=sealed)
 
+    @classmethod
+    def go_on(cls, folder: Path, *, dtype: torch.dtype | None = None) -> CaptureStore:
+        """Open a store to add to it, which whoever wrote it did not finish; raises `UsageError` as `open` does."""
+        found = cls.open(folder)
+        if found._written < FORMAT:
+            raise UsageError(f"{folder}: captures of an earlier format cannot be added to; repeat the run")
+        store = cls(folder, found.info, dtype=dtype)
+        store._count = len(found.rows())
+        return store
+
+    @property
+    def complete(self) -> bool:
+        """Whether whoever wrote it said that nothing is missing."""
+        return self._sealed is not None
+
     def _write_info(self) -> None:
         said: dict[str, Any] = asdict(self.info)
         if self._sealed is not None:
@@ -155,7 +172,7 @@ class CaptureStore:
             "lr": training.lr,
             "local_steps": training.local_steps,
             "epochs": training.epochs,
-            "optimizer": None if training.optimizer is None else _node(training.optimizer),
+            "optimizer": None if training.optimizer is None else optimizer_node(training.optimizer),
             "per_sample": training.per_sample,
             "proximal": training.proximal,
             "error": o.error,
@@ -221,6 +238,16 @@ class CaptureStore:
         if lines:
             shards.append(self.folder / "index.jsonl", ("\n".join(lines) + "\n").encode())
 
+    def afterwards(self, job: Callable[[int], object], size: int = 0) -> None:
+        """Have something done in the background when all that was `put` is on disk.
+
+        Args:
+            job: is told how many lines the index has.
+            size: bytes that it holds.
+        """
+        self.end_round()
+        self._writer.put(lambda: job(self._count), size)
+
     def flush(self) -> None:
         """Wait until all that was `put` is on disk; raises `FedleakError` if it cannot be."""
         self.end_round()
@@ -241,6 +268,9 @@ class CaptureStore:
         """
         path = self.folder / "index.jsonl"
         data = files.read_bytes(path)
+        if self._written >= 3 and self._sealed is None and data[-1:] not in (b"", b"\n"):
+            log.warning("%s: its last line is half written, as by a run that was killed; left out", path)
+            data = data[: data.rfind(b"\n") + 1]
         rows, seen = [], set[tuple[int, int]]()
         for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
             row = read_row(line, None if self._written < 3 else number - 1)
@@ -326,7 +356,7 @@ class CaptureStore:
         optimizer: ClientOptimizer | None = None if row["lr"] is None else SGD(row["lr"])
         if row.get("optimizer") is not None:
             target = str(row["optimizer"].get("_target_"))
-            kind = _known_optimizer(target)
+            kind = known_optimizer(target)
             if kind is None:
                 raise UsageError(
                     f"{self.folder / 'index.jsonl'}: {target} is no ClientOptimizer that is known here, and what a "
@@ -365,19 +395,6 @@ class _Sent:
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     blob: _Blob
-
-
-def _known_optimizer(target: str) -> type[ClientOptimizer] | None:
-    """An optimiser's class, if it is imported already: a capture from someone else must not have anything imported."""
-    module, _, name = target.rpartition(".")
-    kind = getattr(sys.modules.get(module), name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, ClientOptimizer) else None
-
-
-def _node(optimizer: ClientOptimizer) -> dict[str, Any]:
-    """An optimiser as a node to instantiate: its class and its fields."""
-    kind = type(optimizer)
-    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(optimizer)}
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

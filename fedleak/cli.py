@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside, and see what its updates leak
 
   fedleak run [overrides]                   run a federation, attack every captured update, judge the result
+  fedleak run resume=DIR                    go on with a run, study or sweep that was interrupted
   fedleak attack run_dir=DIR [overrides]    attack an earlier run's captures again; --trust where its files name
                                             code of their own
   fedleak labels [overrides]                compare the label inference methods, fresh networks each run
@@ -67,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fedleak: {_one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("fedleak: interrupted; what was finished is kept, and fedleak attack goes on from there", file=sys.stderr)
+        print(
+            "fedleak: interrupted; what was finished is kept, and fedleak run resume=DIR goes on from there",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -89,6 +93,8 @@ def run(arguments: list[str]) -> int:
     """``fedleak run``: check everything, then let Hydra run the job or the sweep."""
     from fedleak.setup import read
 
+    if any(word.startswith("resume=") for word in arguments):
+        return _resume(arguments)
     return _through_hydra("run", "config", read, arguments)
 
 
@@ -132,7 +138,40 @@ def _refuse(setup: Setup, overrides: Sequence[str], folder: Path) -> None:
         study.check(Job(setup, overrides))
 
 
-def _run_job(command: str, setup: Setup, overrides: Sequence[str], folder: Path) -> None:
+def _resume(arguments: list[str]) -> int:
+    """``fedleak run resume=DIR``: what was begun there, gone on with; its configuration is in its files."""
+    trusted = "--trust" in arguments
+    flags, overrides = _split([word for word in arguments if word != "--trust"])
+    if flags:
+        raise UsageError(f"{flags[0]}: a run that is gone on with takes no options but --trust; leave it out")
+    from fedleak.config import parse
+    from fedleak.resume import begun, has_begun
+    from fedleak.setup import read
+
+    named = {o.key_or_group: o for o in parse(overrides)}
+    folder = Path(str(named["resume"].value()))
+    given = [o for o in overrides if not o.startswith(("resume=", "output_dir="))]
+    if "output_dir" in named and Path(str(named["output_dir"].value())).absolute() != folder.absolute():
+        raise UsageError(f"resume={folder}: output_dir names another folder; leave it out")
+    if not has_begun(folder):
+        if not given:
+            raise UsageError(f"resume={folder}: no run was begun there; give its overrides too, to begin it there")
+        there = overrides[[o.startswith("resume=") for o in overrides].index(True)].removeprefix("resume=")
+        return _through_hydra("run", "config", read, [*given, f"output_dir={there}"])
+    failures: list[FedleakError] = []
+    jobs = list(begun(folder, given, trusted=trusted))
+    for job in jobs:
+        try:
+            _run_job(job.command, job.setup, job.overrides, job.folder, resume=True)
+        except FedleakError as error:
+            if len(jobs) == 1:
+                raise
+            print(f"fedleak: {_one_line(error)}", file=sys.stderr)
+            failures.append(error)
+    return _exit_code(failures)
+
+
+def _run_job(command: str, setup: Setup, overrides: Sequence[str], folder: Path, *, resume: bool = False) -> None:
     from fedleak import pipeline
     from fedleak.console import Console
     from fedleak.studies.base import Job, build_study, run_study
@@ -140,9 +179,11 @@ def _run_job(command: str, setup: Setup, overrides: Sequence[str], folder: Path)
     console, words = Console(), ["fedleak", command, *overrides]
     study = build_study(setup)
     if study is None:
-        _show(console, pipeline.run(setup, folder, console, words))
+        if resume and (folder / "summary.json").exists():
+            console.say(f"{folder}: was finished; its tables are written anew")
+        _show(console, pipeline.run(setup, folder, console, words, resume=resume))
     else:
-        console.table(run_study(study, Job(setup, overrides, folder, console), words))
+        console.table(run_study(study, Job(setup, overrides, folder, console, resume=resume), words))
         console.say(f"results in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}")
 
 
@@ -153,6 +194,7 @@ def attack(arguments: list[str]) -> int:
     if flags:
         raise UsageError(f"{flags[0]}: not an option of fedleak attack; give key=value overrides")
     from fedleak.config import SEARCH, parse
+    from fedleak.earlier import CHANGEABLE, earlier_overrides, merge
     from fedleak.setup import compose
     from fedleak.trust import refuse_strangers
 
@@ -163,7 +205,10 @@ def attack(arguments: list[str]) -> int:
     if not run_dir.is_dir():
         raise UsageError(f"run_dir={run_dir}: no such folder; name an earlier run's")
     captured = (run_dir / "captures" / "index.jsonl").is_file()
-    earlier, now = _earlier(run_dir) if captured else [], [o for o in overrides if not o.startswith("run_dir=")]
+    earlier, now = (
+        earlier_overrides(run_dir) if captured else [],
+        [o for o in overrides if not o.startswith("run_dir=")],
+    )
     free = (*CHANGEABLE, "device", "seed", "output_dir")
     for key, override in given.items():
         fixed = key.split("/")[0].split(".")[0] not in ("run_dir", *free) and key != SEARCH
@@ -171,7 +216,7 @@ def attack(arguments: list[str]) -> int:
             raise UsageError(f"{key}: fixed by the run in {run_dir}; only {', '.join(free)} can change")
     if not captured:
         raise UsageError(f"run_dir={run_dir}: no captures there; name the folder of a fedleak run")
-    merged = _merge(earlier, now)
+    merged = merge(earlier, now)
     if not trusted:
         refuse_strangers(earlier, now, merged)
     setup = compose(merged)
@@ -186,47 +231,6 @@ def attack(arguments: list[str]) -> int:
     console = Console()
     _show(console, pipeline.attack_again(setup, run_dir, folder, console, ["fedleak", "attack", *overrides]))
     return 0
-
-
-CHANGEABLE = ("attack", "threat", "tracking")
-"""Groups that an attack on an earlier run may choose anew."""
-
-
-def _earlier(run_dir: Path) -> list[str]:
-    """The overrides of an earlier run, and where it looked for YAML files."""
-    from omegaconf import OmegaConf
-
-    from fedleak.config import search_override
-
-    path = run_dir / ".hydra" / "overrides.yaml"
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        if not isinstance(found, list) or not all(isinstance(override, str) for override in found):
-            raise ValueError("not a list of overrides")
-        overrides = [str(override) for override in found]
-    except Exception as error:
-        raise UsageError(f"{path}: missing or damaged; restore it, or repeat the run") from error
-    hydra = run_dir / ".hydra" / "hydra.yaml"  # a study's federations have none: theirs stand among the overrides
-    try:
-        searched = OmegaConf.select(OmegaConf.load(hydra), "hydra.searchpath") if hydra.exists() else None
-        return [search_override([str(folder) for folder in searched]), *overrides] if searched else overrides
-    except Exception as error:
-        raise UsageError(f"{hydra}: damaged; restore it, or repeat the run") from error
-
-
-def _merge(earlier: Sequence[str], now: Sequence[str]) -> list[str]:
-    """The earlier run's overrides under today's: a newly chosen group drops what was set inside it before."""
-    from fedleak.config import SEARCH, parse, search_folders, search_override
-
-    new = {o.key_or_group for o in parse(now)}
-    kept = []
-    for override, parsed in zip(earlier, parse(earlier), strict=True):
-        key = parsed.key_or_group
-        inside = any(key == n or (n in CHANGEABLE and key.startswith((f"{n}.", f"{n}/"))) for n in new)
-        if not inside and key not in ("output_dir", "device", SEARCH):
-            kept.append(override)
-    folders = [*search_folders(earlier), *search_folders(now)]
-    return [search_override(folders), *kept, *(o for o in now if not o.startswith(f"{SEARCH}="))]
 
 
 def audit(arguments: list[str]) -> int:
@@ -343,7 +347,7 @@ def _through_hydra(
         if not _shows(flags):
             _refuse(read(config, one), one, Path(config["output_dir"]))
 
-    failures: list[BaseException] = []
+    failures: list[FedleakError] = []
 
     def guarded(config: DictConfig) -> None:
         # Hydra would print a traceback of its own; one failed job of a sweep must not stop the others either.
@@ -365,6 +369,10 @@ def _through_hydra(
         hydra.main(config_path=str(conf_dir()), config_name=root, version_base="1.3")(guarded)()
     finally:
         sys.argv = before
+    return _exit_code(failures)
+
+
+def _exit_code(failures: Sequence[FedleakError]) -> int:
     return 0 if not failures else 2 if all(isinstance(f, UsageError) for f in failures) else 1
 
 

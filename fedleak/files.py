@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedleak.errors import FedleakError, UsageError
@@ -38,6 +40,38 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         _remove(partial)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder, and in those inside it, when it was killed."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            _remove(path)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else works in a folder meanwhile; however a process ends, it lets go of it.
+
+    Raises:
+        UsageError: somebody does.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks here
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{folder}: another fedleak is at work there; let it end, or end it") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def _remove(path: Path) -> None:

@@ -21,10 +21,13 @@ from fedleak.defenses import Defense
 from fedleak.errors import UsageError
 from fedleak.evaluation.judge import Attacked, Judgement, judge
 from fedleak.facts import describe, facts
+from fedleak.federation.checkpoint import FILE, Checkpoint
 from fedleak.federation.client import make_client_app
 from fedleak.federation.scenario import Scenario, build_scenario, build_strategy, shared_model
-from fedleak.federation.server import RoundRow, make_server_app
+from fedleak.federation.server import RoundRow, make_server_app, read_rows
+from fedleak.files import alone
 from fedleak.footprint import footprint
+from fedleak.interrupted import NEW, identity, where_it_stopped
 from fedleak.models.check import check_training, hidden_draws
 from fedleak.outcome import Outcome, write_outcome
 from fedleak.rounds import NOTHING, choose_victims
@@ -63,7 +66,15 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
     return scenario, attack, engine
 
 
-def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (), *, engine: Any = None) -> Outcome:
+def run(
+    setup: Setup,
+    folder: Path,
+    console: Console,
+    command: Sequence[str] = (),
+    *,
+    engine: Any = None,
+    resume: bool = False,
+) -> Outcome:
     """Simulate a federation with an eavesdropping server, attack what it captured, and judge the result.
 
     Args:
@@ -72,41 +83,61 @@ def run(setup: Setup, folder: Path, console: Console, command: Sequence[str] = (
         console: for progress.
         command: the overrides that repeat the run, for the summary.
         engine: what to run it on in place of the setup's, such as a `GivenGrid`.
+        resume: go on from what an interrupted run of the same setup left there.
     """
     started = time.perf_counter()
     # 1. Everything that both sides agree on, from the setup alone.
     scenario, attack, usual = prepare(setup)
-    engine = engine or usual
-    console.headline(describe(setup))
-    _say_beforehand(scenario, console)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        left = where_it_stopped(setup, folder) if resume else NEW
+        console.headline(describe(setup) if not left.federated else f"{folder}: the federation is finished")
+        with tracked(setup, folder) as tracker:
+            # 2. The federation: clients train, the eavesdropper keeps every update.
+            if not left.federated:
+                _say_beforehand(scenario, console)
+                _federate(setup, scenario, engine or usual, folder, left.since, (console, tracker))
+
+            # 3. The attack, on all captured rounds in one call; it sees the captures and nothing else.
+            attacked = None if attack is None else attack_captures(setup, folder, attack, console)
+
+            # 4. The judgement, which alone opens the ground truth.
+            truths = TruthStore(folder / "truth")
+            judgement = Judgement() if attacked is None else judge(attacked, truths, setup)
+            said = facts(setup, time.perf_counter() - started + left.seconds, command)
+            outcome = write_outcome(judgement, folder, folder, said, tracker)
+        (folder / FILE).unlink(missing_ok=True)  # nothing is left to go on with
+    return outcome
+
+
+def _federate(
+    setup: Setup,
+    scenario: Scenario,
+    engine: Any,
+    folder: Path,
+    since: Checkpoint | None,
+    audience: tuple[Console, Tracker],
+) -> None:
+    """Run the federation to its end, from where it stopped."""
+    console, tracker = audience
     missing = 0
+    with console.federation(scenario.federation.rounds) as show:
+        expected = max(1, round(scenario.federation.fraction * scenario.federation.clients))
 
-    with tracked(setup, folder) as tracker:
-        # 2. The federation: clients train, the eavesdropper keeps every update.
-        with console.federation(scenario.federation.rounds) as show:
-            expected = max(1, round(scenario.federation.fraction * scenario.federation.clients))
+        def on_row(row: RoundRow) -> None:
+            nonlocal missing
+            missing += expected - row.clients
+            show(row)
+            learned = {"test_accuracy": row.test_accuracy, "train_loss": row.train_loss}
+            tracker.log(row.round, finite(learned, "federation/"))
 
-            def on_row(row: RoundRow) -> None:
-                nonlocal missing
-                missing += expected - row.clients
-                show(row)
-                learned = {"test_accuracy": row.test_accuracy, "train_loss": row.train_loss}
-                tracker.log(row.round, finite(learned, "federation/"))
-
-            server_app = make_server_app(scenario, folder, on_row=on_row)
-            client_app = make_client_app(setup, folder.absolute() / "truth")
-            engine.run(server_app, client_app, scenario.federation.clients)
-        if missing:
-            console.headline(f"{missing} answers of clients were not averaged, for the reasons said above")
-
-        # 3. The attack, on all captured rounds in one call; it sees the captures and nothing else.
-        attacked = None if attack is None else attack_captures(setup, folder, attack, console)
-
-        # 4. The judgement, which alone opens the ground truth.
-        truths = TruthStore(folder / "truth")
-        judgement = Judgement() if attacked is None else judge(attacked, truths, setup)
-        said = facts(setup, time.perf_counter() - started, command)
-        return write_outcome(judgement, folder, folder, said, tracker)
+        for row in [] if since is None else read_rows(folder / "rounds.csv"):
+            on_row(row)
+        server_app = make_server_app(scenario, folder, on_row=on_row, since=since, of=identity(setup))
+        client_app = make_client_app(setup, folder.absolute() / "truth")
+        engine.run(server_app, client_app, scenario.federation.clients)
+    if missing:
+        console.headline(f"{missing} answers of clients were not averaged, for the reasons said above")
 
 
 def _say_beforehand(scenario: Scenario, console: Console) -> None:

@@ -7,9 +7,10 @@ vectorise it, or run it under `torch.func`.
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -299,3 +300,16 @@ def unroll(
         state = optimizer.init(weights) if state is None else state
         state, weights = optimizer.step(state, weights, gradient)
     return weights
+
+
+def known_optimizer(target: str) -> type[ClientOptimizer] | None:
+    """An optimiser's class, if it is imported already: a capture from someone else must not have anything imported."""
+    module, _, name = target.rpartition(".")
+    kind = getattr(sys.modules.get(module), name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, ClientOptimizer) else None
+
+
+def optimizer_node(optimizer: ClientOptimizer) -> dict[str, Any]:
+    """An optimiser as a node to instantiate: its class and its fields."""
+    kind = type(optimizer)
+    return {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(optimizer)}

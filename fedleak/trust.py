@@ -20,13 +20,14 @@ ROOMS = tuple(
 """Modules whose classes are parts: making one changes nothing outside this process."""
 
 
-def refuse_strangers(stored: Sequence[str], now: Sequence[str], merged: Sequence[str]) -> None:
+def refuse_strangers(stored: Sequence[str], now: Sequence[str], merged: Sequence[str], root: str = "config") -> None:
     """Raise `UsageError` where a stored run would have something imported that is not fedleak's.
 
     Args:
         stored: the overrides that its files hold.
         now: those that the user typed today, which are trusted, and so are the folders that they search.
         merged: both together, which are composed here and nothing in them is imported.
+        root: the root file of the configuration.
 
     Raises:
         UsageError: names what would be imported, and how to allow it.
@@ -43,7 +44,7 @@ def refuse_strangers(stored: Sequence[str], now: Sequence[str], merged: Sequence
     for folder in search_folders(stored):
         if not folder.startswith("file://") and folder not in search_folders(now):
             raise _stranger(f"{SEARCH}={folder}", "has a package imported")
-    config = compose_config(merged)
+    config = compose_config(merged, root)
     from omegaconf import OmegaConf
 
     if "oc.env" in str(OmegaConf.to_container(config, resolve=False)) and not any("oc.env" in one for one in now):

@@ -117,11 +117,15 @@ def test_a_damaged_capture_is_one_clear_error(tmp_path, damage):
         CaptureStore.open(tmp_path).load()
 
 
-def test_a_damaged_index_or_info_is_one_clear_error(tmp_path):
+def test_a_damaged_index_or_info_is_one_clear_error(tmp_path, caplog):
     store = CaptureStore.create(tmp_path, CaptureInfo())
     store.write(observation(1, 0))
     index = tmp_path / "index.jsonl"
-    index.write_text(index.read_text() + '{"round": 1,')
+    whole = index.read_text()
+    index.write_text(whole + '{"round": 1,')
+    assert len(CaptureStore.open(tmp_path).rows()) == 1
+    assert "its last line is half written" in caplog.text
+    index.write_text(whole + '{"round": 1,\n')
     with pytest.raises(UsageError, match="line 2 is damaged"):
         CaptureStore.open(tmp_path).rows()
     (tmp_path / "info.json").write_text(json.dumps({"threat": {}}))

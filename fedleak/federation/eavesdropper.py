@@ -65,6 +65,7 @@ class Eavesdropper(Strategy):
         keep: which updates are kept beyond that, all unless named.
         on_round: called with a round's observations as soon as they are captured, for an attack inline.
         quiet: do not print where the captures are.
+        store: captures of earlier rounds of the same run, to go on with; None begins anew.
     """
 
     def __init__(
@@ -89,13 +90,14 @@ class Eavesdropper(Strategy):
         keep: Keep | None = None,
         on_round: Callable[[int, list[Observation]], None] | None = None,
         quiet: bool = False,
+        store: CaptureStore | None = None,
     ) -> None:
         self.strategy = strategy
         self.threat = threat or ThreatModel()
         self.keep = replace(keep or Keep(), every=every)
         info = CaptureInfo(self.threat, image_shape, classes, training_mode)
         dtype = None if self.keep.dtype is None else getattr(torch, self.keep.dtype)
-        self.store = CaptureStore.create(_free(captures), info, dtype=dtype)
+        self.store = store or CaptureStore.create(_free(captures), info, dtype=dtype)
         if not quiet:
             print(f"fedleak: capturing in {self.store.folder}", file=sys.stderr, flush=True)
         if optimizer is None and lr is not None:

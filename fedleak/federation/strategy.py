@@ -70,6 +70,9 @@ class Repeatable(Strategy):
         step: where clients return gradients: round -> the server's learning rate (FedSGD). The strategy then gets each
             client's model after one such step; of the plain mean, which needs no detour, the step itself is taken.
 
+    Attributes:
+        done: rounds that were finished before the federation was interrupted; the first one now is the next of them.
+
     Raises:
         UsageError: the strategy samples by itself, or counts with another number of clients.
     """
@@ -97,6 +100,7 @@ class Repeatable(Strategy):
         self.step = step
         self.most_examples = most_examples
         self.left_out = 0
+        self.done = 0
         self.partition_of: dict[int, int] = {}
         self.aggregated = 0
         self.train_loss = float("nan")
@@ -135,6 +139,7 @@ class Repeatable(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Send the model to this round's sample of clients, in the order of their partition ids."""
+        server_round += self.done
         if not self.partition_of:
             self._meet(grid)
         self._sent = to_tensors(arrays)
@@ -165,6 +170,7 @@ class Repeatable(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """What the strategy makes of the usable replies."""
+        server_round += self.done
         usable: list[Message] = []
         for reply in sorted(replies, key=lambda r: self.partition_of.get(r.metadata.src_node_id, -1)):
             fault = reply.error.reason if reply.has_error() else self._fault(reply)

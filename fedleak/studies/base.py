@@ -32,12 +32,14 @@ class Job:
         overrides: as they were typed; the federations of a study are composed on top of them.
         folder: where everything goes.
         console: for progress.
+        resume: whether to go on from what an interrupted run of the same study left in `folder`.
     """
 
     setup: Setup
     overrides: Sequence[str] = ()
     folder: Path = field(default_factory=Path)
     console: Console = field(default_factory=lambda: Console(quiet=True))
+    resume: bool = False
 
     @property
     def seed(self) -> int:

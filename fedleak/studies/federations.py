@@ -65,12 +65,14 @@ def run_cells(job: Job, cells: Cells) -> Iterator[tuple[str, Outcome]]:
     """
     for number, (name, changes) in enumerate(cells.items(), 1):
         config, folder = _compose(job, changes), job.folder / name
+        begun = job.resume and (folder / ".hydra" / "overrides.yaml").exists()
         job.console.headline(f"{number} of {len(cells)}: {name}")
         began = time.perf_counter()
         command = [*job.overrides, *changes]
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(config), folder / ".hydra" / "config.yaml")
         OmegaConf.save(OmegaConf.create(command), folder / ".hydra" / "overrides.yaml")
-        outcome = pipeline.run(read(config), folder, job.console, ["fedleak", "run", *command])
+        words = ["fedleak", "run", *command]
+        outcome = pipeline.run(read(config), folder, job.console, words, resume=begun)
         job.console.headline(f"{name}: {time.perf_counter() - began:.0f} s")
         yield name, outcome
