@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedleak.attacks.adaptive import seen_through
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, LabelInference, Run
@@ -135,7 +139,8 @@ class Attack:
         """Attack all observations in one call.
 
         Args:
-            observations: N observations. Unusable ones (`Observation.error`) are reported, not attacked.
+            observations: N observations, wherever they are. Unusable ones (`Observation.error`) are reported, not
+                attacked.
             knowledge: what else the attacker holds.
             device: where to compute.
             seed: decides every random choice.
@@ -151,6 +156,7 @@ class Attack:
             UsageError: the attack needs what the threat model withholds, or cannot work on these observations.
         """
         self.check(knowledge.threat)
+        observations, knowledge = at_hand(observations, knowledge)
         knowledge = seen_through(knowledge, self.adaptive)
         seen = [too_large(observation, knowledge) for observation in self.view(observations)]
         results: list[Reconstruction | None] = [
@@ -182,6 +188,32 @@ class Attack:
             where = f"round {missing[0].round}, client {missing[0].client}"
             raise RuntimeError(f"{type(self.inversion).__name__} gave no result for {where}")
         return [result for result in results if result is not None]
+
+
+def at_hand(observations: Sequence[Observation], knowledge: Knowledge) -> tuple[list[Observation], Knowledge]:
+    """Both as they are on the CPU, where every part of an attack begins; what is there already is not copied.
+
+    What observations share, such as the model that a round sent, they share afterwards too.
+    """
+    moved: dict[int, dict[str, Tensor]] = {}
+
+    def here(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if all(value.device.type == "cpu" for value in tensors.values()):
+            return tensors
+        return moved.setdefault(id(tensors), {name: value.cpu() for name, value in tensors.items()})
+
+    found = []
+    for o in observations:
+        held = {name: getattr(o, name) for name in ("parameters", "update", "start_buffers", "buffers")}
+        labels = None if o.labels is None else o.labels.cpu()
+        changed: dict[str, Any] = {name: new for name, old in held.items() if (new := here(old)) is not old}
+        found.append(replace(o, **changed, labels=labels) if changed or labels is not o.labels else o)
+    model, auxiliary = knowledge.model, knowledge.auxiliary
+    if any(value.device.type not in ("cpu", "meta") for value in itertools.chain(model.parameters(), model.buffers())):
+        model = copy.deepcopy(model).to("cpu")  # the caller's own stays where it is
+    if auxiliary is not None:
+        auxiliary = (auxiliary[0].cpu(), auxiliary[1].cpu())
+    return found, replace(knowledge, model=model, auxiliary=auxiliary)
 
 
 MOST_BYTES = 4 * 2**30

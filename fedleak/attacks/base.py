@@ -101,7 +101,7 @@ class LabelInference(ABC):
         """Infer the labels behind each observation, all in one call.
 
         Args:
-            observations: N observations; batch sizes may differ.
+            observations: N observations, on the CPU; batch sizes may differ.
             knowledge: what else the attacker holds.
             run: its seed decides every random choice, whatever else is in the call.
             candidates: up to how many label multisets to return for each observation.
@@ -143,7 +143,7 @@ class Inversion(ABC):
         gives the same reconstructions. Each is also handed to `run.on_result` as soon as it is finished.
 
         Args:
-            observations: N observations, of any rounds and so with any parameters.
+            observations: N observations, on the CPU, of any rounds and so with any parameters.
             guesses: N label guesses; None asks for DLG's joint optimisation of image and soft label.
             knowledge: what else the attacker holds.
             run: device, seed, time and callbacks.

@@ -55,10 +55,12 @@ class GeneralModel:
         found = mean_gradient(self.model, start, buffers, images, labels, self.trainings[place])
         return {n: v.flatten() for n, v in found.items()}
 
+    @torch.no_grad()
     def gradients(self) -> Rows:
         """The updates, name -> ``[P, n]``."""
         return _stack([self.update(place, images) for place, images in enumerate(self.images)])
 
+    @torch.no_grad()
     def push(self, directions: Tensor) -> Rows:
         """Derivatives of the updates, name -> ``[P, n]``, along directions ``[P, B, C, H, W]`` of the images."""
         found = []
@@ -66,6 +68,7 @@ class GeneralModel:
             found.append(jvp(lambda x, place=place: self.update(place, x), (images,), (direction,))[1])
         return _stack(found)
 
+    @torch.no_grad()
     def pull(self, values: Rows) -> Tensor:
         """The adjoint of `push`: ``[P, B, C, H, W]`` of name -> ``[P, n]``."""
         found = []
@@ -78,6 +81,7 @@ class GeneralModel:
         """Derivatives by coordinates in `basis` ``[K, C, H, W]``, the same for every sample; then call `at` anew."""
         return Jacobian.join(list(self.jacobians(basis)))
 
+    @torch.no_grad()
     def jacobians(self, basis: Tensor) -> Iterator[Jacobian]:
         """The same, one sample of every problem at a time, so that memory is bounded."""
         basis = basis.to(self.dtype)
