@@ -127,15 +127,15 @@ def frontier(arguments: list[str]) -> int:
 def _refuse(setup: Setup, overrides: Sequence[str], folder: Path) -> None:
     """Raise `UsageError` for what cannot work: every part is built, and the data and the disk are looked at."""
     from fedleak.footprint import footprint, refuse_folder
-    from fedleak.pipeline import prepare
-    from fedleak.studies.base import Job, build_study
+    from fedleak.prepare import prepare
 
     refuse_folder(folder)
-    study = build_study(setup)
-    if study is None:
+    if setup.study is None:
         refuse_folder(folder, footprint(prepare(setup)[0]).bytes)
-    else:
-        study.check(Job(setup, overrides))
+        return
+    from fedleak.studies.base import Job, build_study
+
+    build_study(setup).check(Job(setup, overrides))
 
 
 def _resume(arguments: list[str]) -> int:
@@ -174,16 +174,17 @@ def _resume(arguments: list[str]) -> int:
 def _run_job(command: str, setup: Setup, overrides: Sequence[str], folder: Path, *, resume: bool = False) -> None:
     from fedleak import pipeline
     from fedleak.console import Console
-    from fedleak.studies.base import Job, build_study, run_study
 
     console, words = Console(), ["fedleak", command, *overrides]
-    study = build_study(setup)
-    if study is None:
+    if setup.study is None:
         if resume and (folder / "summary.json").exists():
             console.say(f"{folder}: was finished; its tables are written anew")
         _show(console, pipeline.run(setup, folder, console, words, resume=resume))
     else:
-        console.table(run_study(study, Job(setup, overrides, folder, console, resume=resume), words))
+        from fedleak.studies.base import Job, build_study, run_study
+
+        job = Job(setup, overrides, folder, console, resume=resume)
+        console.table(run_study(build_study(setup), job, words))
         console.say(f"results in {folder}: {', '.join(sorted(path.name for path in folder.glob('[!.]*.*')))}")
 
 

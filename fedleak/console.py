@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import pandas as pd
 import rich.console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from fedleak.attacks.results import Progress as AttackProgress
-
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedleak.attacks.results import Progress as AttackProgress
     from fedleak.federation.server import RoundRow
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from typing import Any
 
 from fedleak import __version__
 from fedleak.attacks import Attack, Knowledge
-from fedleak.attacks.adaptive import require_imitation
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.attacks.views import ConsecutiveModels, shown
 from fedleak.capture import CaptureStore, Observation
@@ -23,47 +21,17 @@ from fedleak.evaluation.judge import Attacked, Judgement, judge
 from fedleak.facts import describe, facts
 from fedleak.federation.checkpoint import FILE, Checkpoint
 from fedleak.federation.client import make_client_app
-from fedleak.federation.scenario import Scenario, build_scenario, build_strategy, shared_model
+from fedleak.federation.scenario import Scenario, build_scenario, shared_model
 from fedleak.federation.server import RoundRow, make_server_app, read_rows
 from fedleak.files import alone
 from fedleak.footprint import footprint
 from fedleak.interrupted import NEW, identity, where_it_stopped
-from fedleak.models.check import check_training, hidden_draws
 from fedleak.outcome import Outcome, write_outcome
+from fedleak.prepare import prepare
 from fedleak.rounds import NOTHING, choose_victims
 from fedleak.setup import Setup
 from fedleak.tracking import Tracker, finite, tracked
 from fedleak.truth import TruthStore
-
-log = logging.getLogger("fedleak")
-
-
-def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
-    """Build everything that can be wrong, before any work: the scenario, the attack and the engine.
-
-    Raises:
-        UsageError: names the key, the value and the mend.
-    """
-    attack = setup.attack.build()
-    if attack is not None:
-        if setup.capture == NOTHING:
-            raise UsageError("capture: nothing is kept that could be attacked; choose attack=none too, or keep some")
-        setup.check_attack(attack)
-    scenario = build_scenario(setup)
-    smallest = min(setup.federation.batch_size, *(len(part) for part in scenario.parts))
-    each = 1 if setup.threat.per_sample_gradients else smallest
-    check_training(scenario.model, scenario.image_shape, each, setup.federation.training_mode)
-    hidden = hidden_draws(scenario.model, setup.federation.training_mode)
-    if attack is not None and hidden is not None:
-        log.warning(hidden)
-    if attack is not None and attack.adaptive and setup.threat.defense:
-        require_imitation(scenario.defense, dict(scenario.model.named_parameters()), scenario.training)
-    build_strategy(scenario)
-    setup.tracking.build(Tracker)
-    engine = setup.engine.build()
-    if not callable(getattr(engine, "run", None)):
-        raise UsageError(f"engine._target_={setup.engine.target}: gives no engine; see fedleak list")
-    return scenario, attack, engine
 
 
 def run(

@@ -8,7 +8,7 @@ from fedleak.attacks import Attack
 from fedleak.config import choices, compose_config, conf_dir, expand_sweep, plain
 from fedleak.errors import UsageError
 from fedleak.instantiate import locate
-from fedleak.pipeline import prepare
+from fedleak.prepare import prepare
 from fedleak.setup import compose, read
 
 EVERY_CHOICE = [(group, name) for group, options in choices().items() for name, _ in options]

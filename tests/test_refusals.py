@@ -119,6 +119,29 @@ def test_a_frozen_layer_still_works():
     assert [name for name, _ in model.named_parameters()] == ["0.bias", "1.weight", "1.bias"]
 
 
+HEAVY = ("torch", "flwr", "pandas", "numpy", "matplotlib", "scipy", "sklearn", "skimage", "ray", "rich", "jinja2")
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (["--help"], ()),
+        (["run", "federation.client=2"], ()),
+        (["run", "federation.clients=0"], ()),
+        (["run", "attack=foo"], ()),
+        (["attack", "run_dir=/no/such/folder"], ()),
+        (["run", "defense=gaussian", "defense.std=-1"], ("torch", "flwr", "numpy", "rich")),
+    ],
+)
+def test_a_refusal_imports_no_more_than_it_needs(words, needed):
+    code = (
+        f"import sys\nfrom fedleak.cli import main\nmain({words!r})\n"
+        f"print(sorted(({set(HEAVY)!r} & sys.modules.keys()) - {set(needed)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.slow
 def test_a_refused_typo_is_quick():
     import time
@@ -131,3 +154,19 @@ def test_a_refused_typo_is_quick():
         seconds.append(time.perf_counter() - began)
     print(f"a refused typo takes {min(seconds):.2f} s")
     assert min(seconds) < 1
+
+
+@pytest.mark.slow
+def test_the_smallest_run_starts_and_ends_in_four_seconds(tmp_path):
+    import resource
+
+    words = [sys.executable, "-m", "fedleak.cli", "run", "federation.clients=1", "federation.rounds=1", "attack=idlg"]
+    words += ["federation.batch_size=1", "attack.max_evaluations=5"]
+    seconds = []
+    for number in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([*words, f"output_dir={tmp_path / str(number)}"], capture_output=True, check=True, timeout=120)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime)
+    print(f"the smallest run takes {min(seconds):.2f} s of CPU and {after.ru_maxrss // 1024} MB")
+    assert min(seconds) < 6  # of CPU, where others may be at work too; the goal is 4 on a machine of one's own

@@ -16,9 +16,11 @@ Raises of every loader:
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,17 +88,30 @@ def digits(
     1,797 images of 8×8 pixels in 17 grey levels, enlarged bilinearly to `image_size`; one in five is held out.
     `root` and `download` are not used, but a `root` that does not exist is an error here too.
     """
-    from sklearn.datasets import load_digits
-
     if root is not None and not folder_of(root).is_dir():
         raise UsageError(f"data.root={root} does not exist; data=digits needs no files: leave data.root=null")
-    bunch = load_digits()
-    images = torch.from_numpy(bunch.images).to(torch.float32).unsqueeze(1) * (255 / 16)
-    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    table = torch.from_numpy(_digits_table())
+    images = table[:, :-1].reshape(-1, 1, 8, 8).to(torch.float32) * (255 / 16)
+    labels = table[:, -1].to(torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(FIXED_SEED))
     test, train = order[: len(labels) // 5], order[len(labels) // 5 :]
     size = 8 if image_size is None else image_size
     return _finish("digits", (images[train], labels[train]), (images[test], labels[test]), DIGIT_NAMES, size, limit)
+
+
+def _digits_table() -> np.ndarray:
+    """``[1797, 65]``: pixels and label, out of scikit-learn's folder, which need not be imported for it."""
+    found = find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise UsageError("data=digits: scikit-learn holds them and is not installed; pip install scikit-learn")
+    path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if path.exists():
+        with gzip.open(path, "rt") as file:
+            return np.array([line.split(",") for line in file], dtype=np.float64)
+    from sklearn.datasets import load_digits  # a release that keeps them elsewhere
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def mnist(

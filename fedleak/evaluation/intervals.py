@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from scipy.stats import binom, t
 
 Z = 1.96
 
@@ -32,6 +31,8 @@ def student(values: Iterable[float]) -> tuple[float, float]:
     numbers = np.asarray(list(values), dtype=float)
     if len(numbers) < 2:
         return float("nan"), float("nan")
+    from scipy.stats import t  # late: it takes as long to import as torch
+
     half = t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / np.sqrt(len(numbers))
     return float(numbers.mean() - half), float(numbers.mean() + half)
 
@@ -44,5 +45,7 @@ def of_median(values: Iterable[float]) -> tuple[float, float]:
     ordered = np.sort(np.asarray(list(values), dtype=float))
     if len(ordered) < 6:
         return float("nan"), float("nan")
+    from scipy.stats import binom
+
     below = int(binom.ppf(0.025, len(ordered), 0.5))
     return float(ordered[below - 1]), float(ordered[len(ordered) - below])

@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 from torch import Tensor
 
 from fedleak.attacks.results import Reconstruction
@@ -215,6 +213,11 @@ def assign(truth: Tensor, rebuilt: Tensor) -> Tensor:
     matched = torch.full((len(truth),), -1, dtype=torch.int64)
     if len(truth) == 0 or len(rebuilt) == 0:
         return matched
+    if len(truth) == len(rebuilt) == 1:
+        return torch.zeros(1, dtype=torch.int64)
+    from scipy.optimize import linear_sum_assignment  # late: a run with single images need not wait for it
+    from scipy.spatial.distance import cdist
+
     flat = (images.detach().cpu().double().flatten(1).numpy() for images in (truth, rebuilt))
     # The solver refuses infinite costs; an image that is not finite is the worst match there is, yet still one.
     costs = np.nan_to_num(cdist(*flat, "sqeuclidean"), nan=1e30, posinf=1e30).clip(max=1e30)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from fedleak.errors import UsageError
 from fedleak.evaluation.matching import Match
 from fedleak.evaluation.metrics import RECOVERED_MSE
 from fedleak.evaluation.tables import round_table, summarise
+from fedleak.report.bundle import vega
 from fedleak.report.charts import Chart, effort_charts, federation_charts, leak_charts
 from fedleak.report.common import evenly, many, percent, psnr, small
 from fedleak.report.pictures import pixels
@@ -97,7 +96,7 @@ def render(runs: Sequence[RunData]) -> str:
         gallery_json=embed(pictures["data"]),
         style=Markup((here / "report.css").read_text(encoding="utf-8")),
         script=Markup((here / "report.js").read_text(encoding="utf-8")),
-        vega=_vega() if charts else Markup(""),
+        vega=vega() if charts else Markup(""),
     )
 
 
@@ -351,16 +350,6 @@ def _panel(chart: Chart) -> dict[str, Any]:
         "rows": [[_cell(value) for value in row] for row in chart.rows[:MOST_TABLE_ROWS]],
         "more": max(0, len(chart.rows) - MOST_TABLE_ROWS),
     }
-
-
-@lru_cache
-def _vega() -> Markup:
-    """Vega-Lite, Vega and Vega-Embed as one script, from the installed package: no network."""
-    import vl_convert
-
-    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    # What would end the script element, or change how it is read, can only stand in a string here.
-    return Markup(re.sub(r"<(?=/script|script|!--)", r"\\x3c", script, flags=re.IGNORECASE))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -103,9 +103,11 @@ class Results:
         return pd.DataFrame(self.rows)
 
 
-def build_study(setup: Setup) -> Study | None:
-    """The study of a setup, or None for a plain run; raises `UsageError` for settings that it refuses."""
-    return None if setup.study is None else setup.study.build(Study)
+def build_study(setup: Setup) -> Study:
+    """The study of a setup that names one; raises `UsageError` for settings that it refuses."""
+    assert setup.study is not None
+    study: Study = setup.study.build(Study)
+    return study
 
 
 def run_study(study: Study, job: Job, command: Sequence[str] = ()) -> pd.DataFrame:

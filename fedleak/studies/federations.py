@@ -13,6 +13,7 @@ from fedleak.attacks import Attack, Updates
 from fedleak.config import compose_config, plain
 from fedleak.errors import UsageError
 from fedleak.outcome import Outcome
+from fedleak.prepare import prepare
 from fedleak.setup import Setup, read
 from fedleak.studies.base import Job
 
@@ -54,7 +55,7 @@ def check_cells(job: Job, cells: Cells) -> Iterator[Setup]:
     """Every federation, before any runs; raises `UsageError` for one that is refused."""
     for changes in cells.values():
         setup = cell_setup(job, changes)
-        pipeline.prepare(setup)
+        prepare(setup)
         yield setup
 
 

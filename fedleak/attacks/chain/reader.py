@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from fedleak.attacks.chain.base import Layer
@@ -67,7 +66,7 @@ def read_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Lay
         parameter = next(model.parameters())
         graph = fx.symbolic_trace(copy.deepcopy(model))  # a copy: its BatchNorm may count what passes
         with torch.no_grad():
-            ShapeProp(graph).propagate(parameter.new_zeros(1, *image_shape))
+            _Shapes(graph).run(parameter.new_zeros(1, *image_shape))
         layers = _read(graph, model)
     except Exception:  # whatever a stranger's forward does while it is traced: the general path knows it
         return None
@@ -98,6 +97,16 @@ def read_layers(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Lay
     return layers
 
 
+class _Shapes(fx.Interpreter):
+    """Notes the shape of every tensor on the way; torch's own does more, and takes a second to import."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node."""
+        result = super().run_node(n)
+        n.meta["shape"] = result.shape if isinstance(result, Tensor) else None
+        return result
+
+
 def _read(graph: fx.GraphModule, model: nn.Module) -> list[Layer] | None:
     layers: list[Layer] = []
     previous: fx.Node | None = None
@@ -106,7 +115,7 @@ def _read(graph: fx.GraphModule, model: nn.Module) -> list[Layer] | None:
             return layers if node.args[0] is previous else None
         if node.op == "placeholder":
             previous = node
-        shape = getattr(node.meta.get("tensor_meta"), "shape", None)
+        shape = node.meta.get("shape")
         if node.op in ("placeholder", "get_attr") or shape is None:  # no tensor: a size, say
             continue
         if not node.args or node.args[0] is not previous:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pandas as pd
 
-from fedleak import __version__, pipeline
+from fedleak import __version__
 from fedleak.config import Rule, is_number, whole
 from fedleak.errors import UsageError
 from fedleak.outcome import write_csv, write_json
+from fedleak.prepare import prepare
 from fedleak.setup import named
 from fedleak.studies.base import Job, Study, require
 from fedleak.studies.frontier.cells import CLEAN, COLUMNS, CONTROL, Cell, knob_of, run_cell
@@ -74,7 +75,7 @@ class Frontier(Study):
         self._fingerprint(job)
         for cell in self._cells(job):
             setup = cell.setup()
-            pipeline.prepare(setup)
+            prepare(setup)
             beyond = [moment for moment in self.moments if moment > setup.federation.rounds]
             if beyond:
                 raise UsageError(
@@ -85,7 +86,7 @@ class Frontier(Study):
                 attacked = cell.setup(name)
                 if attacked.attack.build() is None:
                     raise UsageError(f"frontier.attackers.{name}: attacks nothing; choose an attack, see fedleak list")
-                pipeline.prepare(attacked)
+                prepare(attacked)
 
     def run(self, job: Job) -> pd.DataFrame:
         """Run what is not done yet, then write ``frontier.csv``, ``summary.csv``, the pictures and the page."""
