@@ -20,6 +20,11 @@ class StopReason(StrEnum):
     LABELS_ONLY = "labels_only"
 
 
+def is_converged(stop_reason: object) -> bool:
+    """Whether a stop reason says that the search reached its goal, by whichever method."""
+    return str(stop_reason).split(" ")[0] == StopReason.CONVERGED
+
+
 @dataclass
 class Reconstruction:
     """What the attacker rebuilt from one observation.
@@ -56,7 +61,7 @@ class Reconstruction:
     @property
     def converged(self) -> bool:
         """Whether the search reached its goal."""
-        return self.stop_reason.split(" ")[0] == StopReason.CONVERGED
+        return is_converged(self.stop_reason)
 
     @property
     def labels_only(self) -> bool:

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from fedleak.attacks import Attack, Knowledge, Progress, Reconstruction, StopReason
+from fedleak.attacks import Attack, Knowledge, Progress, Reconstruction
+from fedleak.attacks.results import is_converged
 from fedleak.config import Rule, list_of, whole
 from fedleak.data import ImageData, to_float
 from fedleak.errors import UsageError
@@ -228,7 +229,7 @@ class FreshNetworks(Study):
             shares = {"labels_exact": cell["labels_exact"]}
             means = {name: cell[name] for name in ("label_accuracy", "last_label_accuracy")}
             if imaged:
-                shares["converged"] = cell["stop_reason"] == StopReason.CONVERGED
+                shares["converged"] = cell["stop_reason"].map(is_converged)
                 shares["blown_up"] = cell["blown_up"].dropna()
                 means["recovered"] = cell["recovered"]
             for name, measured in (means | shares).items():

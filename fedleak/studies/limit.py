@@ -16,6 +16,7 @@ from fedleak.attacks.image_prior import ImagePrior
 from fedleak.attacks.inversion import MAP
 from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.attacks.labels import Known
+from fedleak.attacks.results import is_converged
 from fedleak.capture import Observation
 from fedleak.config import Rule, is_number, list_of, whole
 from fedleak.data import to_float
@@ -159,7 +160,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             "limit_mse": _short(numbers["limit_mse"].median()),
             "reached_over_possible": _short(ratio.median()),
             "true_over_expected": _short(honest.median()),
-            "converged": round(float((cell["stop_reason"] == "converged").mean()), 4),
+            "converged": round(float(cell["stop_reason"].map(is_converged).mean()), 4),
             "seconds": _short(cell["seconds"].median()),
         }
 

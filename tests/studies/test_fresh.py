@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fedleak.attacks import Reconstruction
+from fedleak.attacks.results import is_converged
 from fedleak.cli import main
 from fedleak.errors import UsageError
 from fedleak.federation.scenario import load_data
@@ -64,6 +65,11 @@ def test_the_judgement_of_labels_at_the_best_and_at_the_last_step():
     assert judge(reconstruction(), truth)["last_label_accuracy"] == 1.0
     only = judge(reconstruction(objective=math.nan, stop_reason="labels_only"), truth)
     assert (only["label_accuracy"], only["mse"], only["recovered"]) == (1.0, None, None)
+
+
+def test_whatever_method_converged_is_converged():
+    reasons = ["converged", "converged by features first", "stalled by features first", "budget", None, math.nan]
+    assert [is_converged(reason) for reason in reasons] == [True, True, False, False, False, False]
 
 
 def test_a_start_has_blown_up_if_it_ends_above_its_beginning():

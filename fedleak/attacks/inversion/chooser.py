@@ -21,6 +21,8 @@ from fedleak.capture import Observation
 from fedleak.errors import UsageError
 
 FEATURES = "features first"
+_EACH = 6.0
+"""Seconds planned for an update, at least: with fewer its search rarely comes to an end."""
 
 
 class Chooser(Inversion):
@@ -37,7 +39,7 @@ class Chooser(Inversion):
         peeling: with a fallback.
         features: for networks as people train them.
         seconds: planned for all updates of a call that go through `features`, on an ordinary core, where no time is
-            given; a plan depends on no clock, and so repeats.
+            given; a plan depends on no clock, and so repeats. Where they are many, six for each of them.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Chooser(Inversion):
         keep: Callable[[int, Reconstruction], None],
     ) -> None:
         pairs = [pair for of_one in chosen.values() for pair in of_one]
-        planned = run.seconds if run.seconds is not None else self.seconds
+        planned = run.seconds if run.seconds is not None else max(self.seconds, _EACH * len(pairs))
         parts: dict[int, list[Reconstruction]] = {}
 
         def on_part(position: int, part: Reconstruction) -> None:

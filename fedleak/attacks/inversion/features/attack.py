@@ -18,7 +18,8 @@ from fedleak.attacks.chain.fully_connected import FullyConnected
 from fedleak.attacks.image_prior import ImagePrior
 from fedleak.attacks.inversion.cases import unusable
 from fedleak.attacks.inversion.features.body import Body
-from fedleak.attacks.inversion.features.search import Cooling, Search
+from fedleak.attacks.inversion.features.hunt import Hunt
+from fedleak.attacks.inversion.features.search import Cooling
 from fedleak.attacks.inversion.features.unwind import Unwound, split_batch, unwind
 from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.attacks.problem import Problem, pose
@@ -32,6 +33,9 @@ _CONVERGED = 1e-4
 """Of the relative misfit: what local minima leave is ten times as much."""
 _PLANNED = 0.7
 """Of the time that is given, what is planned for; the clock ends a search only on slower machines."""
+_SIDE_BY_SIDE = 2
+_UNLIMITED = 2**31
+"""Evaluations, where no time is planned."""
 _SOUND = 0.02
 """Of the relative gap of the fully connected layers' gradients, up to which what was unwound is believed."""
 
@@ -42,18 +46,19 @@ class FeaturesFirst(Inversion):
     Fully connected layers unwind in closed form, see `unwind`: one sample's always, a batch's where the inputs of the
     last layer are known or row-space matching finds them. What is left is a search through the convolutions alone,
     without the layers above. ReLUs and poolings make it a combinatorial one: gates and winners are taken as
-    probabilities that harden as the search cools, see `Body`.
+    probabilities that harden as the search cools, see `Body`. A convolution whose winners are all found is undone in
+    closed form, and the search goes on below it, see `undo_convolution`.
 
     Args:
-        starts: batches to begin with, side by side; half of them auxiliary images with the nearest features where such
-            are granted, the others drawn from the prior.
+        starts: batches to begin with, at most, two at a time until one converges; every other one auxiliary images with
+            the nearest features where such are granted, the rest drawn from the prior.
         stages, evaluations: temperatures, and evaluations at each, at most.
         least: evaluations at each temperature, at least, where time is short.
         prior: ``auto`` takes auxiliary images where they are granted, ``natural`` a spectrum of natural images.
     """
 
     def __init__(
-        self, *, starts: int = 8, stages: int = 10, evaluations: int = 100, least: int = 30, prior: str = "auto"
+        self, *, starts: int = 8, stages: int = 10, evaluations: int = 60, least: int = 30, prior: str = "auto"
     ) -> None:
         bounds = (("starts", starts, 1), ("stages", stages, 3), ("evaluations", evaluations, 1), ("least", least, 1))
         for name, value, smallest in bounds:
@@ -130,14 +135,25 @@ class FeaturesFirst(Inversion):
                 run.on_progress(_progress(done, len(problems), time.perf_counter() - began))
         return done
 
-    def _cooling(self, layers: Sequence[Layer], batch: int, seconds: float | None) -> tuple[int, Cooling]:
-        """Starts, and evaluations a stage, that about fit the time on an ordinary core: planned, so that it repeats."""
+    def _plan(self, layers: Sequence[Layer], batch: int, seconds: float | None) -> tuple[int, Cooling, int]:
+        """Starts of an attempt, its cooling, and evaluations in all that about fit the time on an ordinary core.
+
+        A plan depends on no clock, so that it repeats.
+        """
+        cooling, side = self.cooling, min(self.starts, _SIDE_BY_SIDE)
         if seconds is None:
-            return self.starts, self.cooling
-        each = _seconds_of(layers) * batch * self.cooling.stages
-        starts = max(1, min(self.starts, int(seconds / (each * self.cooling.evaluations))))
-        evaluations = max(self.least, min(self.cooling.evaluations, int(seconds / (each * starts))))
-        return starts, replace(self.cooling, evaluations=evaluations)
+            return side, cooling, _UNLIMITED
+        most = int(seconds / (_seconds_of(layers) * batch))
+        each = 2 * cooling.stages * cooling.evaluations
+        side = max(1, min(side, most // each))
+        return (
+            side,
+            replace(
+                cooling,
+                evaluations=max(self.least, min(cooling.evaluations, most * cooling.evaluations // (each * side))),
+            ),
+            most,
+        )
 
     def _one(
         self,
@@ -152,47 +168,33 @@ class FeaturesFirst(Inversion):
     ) -> Reconstruction:
         began = time.perf_counter()
         target = problem.targets[0]
-        starts, cooling = self._cooling(unwound.body, problem.samples, planned)
+        side, cooling, most = self._plan(unwound.body, problem.samples, planned)
         device = torch.device(run.device)
         features, by_features = (v.to(device, torch.float32) for v in (unwound.features, unwound.by_features))
         weights = {n: target.parameters[n].detach().to(features) for n in unwound.names}
         body = Body(unwound.body, weights, knowledge.image_shape, features, by_features)
         gradients = {n: target.update[n].to(device) for n in unwound.names}
-        search = Search(body, features, gradients, prior, cooling)
-        z = self._points(problem, body, features, knowledge, prior, run.seed, starts).to(features)
-        snapshots: list[tuple[int, Tensor]] = []
-        trace: list[tuple[int, float]] = []
 
         def late() -> bool:
             return seconds is not None and time.perf_counter() - began > seconds
 
-        def on_stage(z: Tensor) -> None:
-            with torch.no_grad():
-                misfit = search.misfit(search.images(z), 0.0)
-                best = int(misfit.argmin())
-                trace.append((search.evaluations, float(misfit[best])))
-                snapshots.append((search.evaluations, search.images(z[best : best + 1])[0].clamp(0, 1).half().cpu()))
-
-        z = search.run(z, late, on_stage)
-        with torch.no_grad():
-            misfit = search.misfit(search.images(z), 0.0)
-            best = int(misfit.nan_to_num(torch.inf).argmin())
-            images = search.images(z[best : best + 1])[0].clamp(0, 1).cpu()
-        level = float(misfit[best])
+        z = self._points(problem, body, features, knowledge, prior, run.seed).to(features)
+        found = Hunt(body, features, gradients, prior, cooling, late).run(z.split(side), most)
+        level = found.misfit
         reason = StopReason.CONVERGED if level <= _CONVERGED else StopReason.BUDGET if late() else StopReason.STALLED
         return Reconstruction(
             round=problem.key[0],
             client=problem.key[1],
-            images=images.float(),
+            images=found.images.clamp(0, 1).float().cpu(),
             labels=label_of(problem, layers) if unwound.labels is None else unwound.labels,
             objective=level,
-            evaluations=search.evaluations,
+            evaluations=found.evaluations,
             seconds=time.perf_counter() - began,
             stop_reason=reason,
-            restarts=len(z),
-            trace=trace,
-            snapshots=snapshots,
-            details={"method": "features", "start": best, "unwound_error": unwound.error},
+            restarts=found.starts,
+            trace=found.trace,
+            snapshots=found.snapshots,
+            details={"method": "features", "undone": found.below, "unwound_error": unwound.error},
         )
 
     def _points(
@@ -203,19 +205,18 @@ class FeaturesFirst(Inversion):
         knowledge: Knowledge,
         prior: ImagePrior,
         seed: int,
-        starts: int,
     ) -> Tensor:
         """The prior's coordinates ``[S, B, D]`` that starts begin with."""
         random = generator(seed, "features", *problem.key)
-        shape = (starts, problem.samples, prior.root.shape[0])
+        shape = (self.starts, problem.samples, prior.root.shape[0])
         z = 0.5 * torch.randn(shape, generator=random, dtype=torch.float64).to(prior.mean)
         if self.prior == "natural" or knowledge.auxiliary is None or not len(knowledge.auxiliary[0]):
             return z
         images = knowledge.auxiliary[0].to(features)
         with torch.no_grad():
             far = torch.cdist(features, torch.cat([body.features(some) for some in images.split(256)]))
-        nearest = far.argsort(1)[:, : (starts + 1) // 2]  # [B, S/2]
-        z[: nearest.shape[1]] = prior.coordinates(images[nearest.T].double())
+        nearest = far.argsort(1)[:, : (self.starts + 1) // 2]  # [B, S/2]
+        z[: 2 * nearest.shape[1] : 2] = prior.coordinates(images[nearest.T].double())
         return z
 
 

@@ -8,6 +8,7 @@ an image found at one temperature is the start for the next. Values, and so the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -58,14 +59,21 @@ class Body:
         known = all(isinstance(layer, kinds) for layer in layers)
         return whole and known and any(layer.parameters for layer in layers)
 
+    def double(self) -> Body:
+        """The same in float64."""
+        other = copy.copy(self)
+        other.weights = {name: value.double() for name, value in self.weights.items()}
+        other.delta = self.delta.double()
+        return other
+
     def features(self, images: Tensor) -> Tensor:
         """``[N, n]`` of any images ``[N, C, H, W]``."""
         return self._forward(images)[-1].flatten(1)
 
-    def _forward(self, images: Tensor) -> list[Tensor]:
-        """The images, and every layer's output."""
-        values = [images]
-        for layer in self.layers:
+    def _forward(self, inputs: Tensor, first: int = 0) -> list[Tensor]:
+        """The inputs of layer `first`, and the output of every layer from there on."""
+        values = [inputs]
+        for layer in self.layers[first:]:
             a = values[-1]
             if isinstance(layer, Convolution):
                 weight, bias = self._kernel(layer)
@@ -92,8 +100,8 @@ class Body:
         found: Tensors = {}
         delta = self.delta.repeat(starts, 1)
         for place in reversed(range(len(self.layers))):
-            layer, a, out = self.layers[place], values[place], values[place + 1]
-            delta = delta.reshape(out.shape)
+            layer, a = self.layers[place], values[place]
+            delta = delta.reshape(values[place + 1].shape)
             if isinstance(layer, Convolution):
                 patches = F.unfold(a, layer.kernel, layer.dilation, layer.padding, layer.stride)
                 kernel = (delta.flatten(2) @ patches.mT).flatten(1)
@@ -102,19 +110,42 @@ class Body:
                     found[layer.bias] = delta.sum((2, 3)).unflatten(0, (starts, batch)).sum(1)
                 if layer.first:
                     break
-                back = self._kernel(layer)[0].flatten(1).mT @ delta.flatten(2)
-                shape = (a.shape[2], a.shape[3])
-                delta = F.fold(back, shape, layer.kernel, layer.dilation, layer.padding, layer.stride)
-            elif isinstance(layer, MaxPool):
-                before = self.layers[place - 1] if place else None
-                ordered = values[place - 1] if isinstance(before, Elementwise) and hinge(before) else a
-                delta = _to_winners(layer, ordered, delta, temperature)
-            elif isinstance(layer, Elementwise):
-                delta = delta * self._slope(place, a, out, temperature)
-            else:
-                assert isinstance(layer, Rearrangement)
-                delta = delta.reshape(a.shape) if isinstance(layer, Reshape) else layer.transpose(a, delta)
+            delta = self._back(place, values, delta, temperature)
         return values[-1].flatten(1).unflatten(0, (starts, batch)), found
+
+    def last_convolution(self) -> int | None:
+        """Its place, if other layers with weights come before it."""
+        places = [place for place, layer in enumerate(self.layers) if isinstance(layer, Convolution)]
+        return places[-1] if len(places) > 1 else None
+
+    def after(self, place: int, inputs: Tensor) -> Tensor:
+        """The loss's derivatives ``[B, O, H', W']`` by the outputs of convolution `place`, at its inputs."""
+        values = self._forward(inputs, place)
+        delta = self.delta
+        for later in reversed(range(place + 1, len(self.layers))):
+            delta = delta.reshape(values[later - place + 1].shape)
+            delta = self._back(later, [inputs] * place + values, delta, 0.0)
+        return delta.reshape(values[1].shape)
+
+    def before(self, place: int, images: Tensor) -> Tensor:
+        """The inputs of layer `place`, of images ``[B, C, H, W]``."""
+        return self._forward(images)[place]
+
+    def _back(self, place: int, values: Sequence[Tensor], delta: Tensor, temperature: float) -> Tensor:
+        """∂loss/∂inputs of layer `place`, of that by its outputs."""
+        layer, a, out = self.layers[place], values[place], values[place + 1]
+        if isinstance(layer, Convolution):
+            back = self._kernel(layer)[0].flatten(1).mT @ delta.flatten(2)
+            shape = (a.shape[2], a.shape[3])
+            return F.fold(back, shape, layer.kernel, layer.dilation, layer.padding, layer.stride)
+        if isinstance(layer, MaxPool):
+            before = self.layers[place - 1] if place else None
+            ordered = values[place - 1] if isinstance(before, Elementwise) and hinge(before) else a
+            return _to_winners(layer, ordered, delta, temperature)
+        if isinstance(layer, Elementwise):
+            return delta * self._slope(place, a, out, temperature)
+        assert isinstance(layer, Rearrangement)
+        return delta.reshape(a.shape) if isinstance(layer, Reshape) else layer.transpose(a, delta)
 
     def _slope(self, place: int, a: Tensor, out: Tensor, temperature: float) -> Tensor | float:
         layer = self.layers[place]

@@ -57,16 +57,24 @@ class Search:
     Args:
         body: the layers below the features.
         features: ``[B, n]``, observed.
+        known: ``[B, n]``, which of them are; None for all.
         gradients: name -> tensor, observed.
         prior: of images.
         cooling: see there.
     """
 
     def __init__(
-        self, body: Body, features: Tensor, gradients: Mapping[str, Tensor], prior: ImagePrior, cooling: Cooling
+        self,
+        body: Body,
+        features: Tensor,
+        gradients: Mapping[str, Tensor],
+        prior: ImagePrior,
+        cooling: Cooling,
+        known: Tensor | None = None,
     ) -> None:
         self.body, self.cooling = body, cooling
         self.features = features
+        self.known = torch.ones_like(features) if known is None else known.to(features)
         self.gradients = {name: value.flatten().to(features) for name, value in gradients.items()}
         self.sizes = {n: v.square().sum().clamp(min=torch.finfo(v.dtype).tiny) for n, v in self.gradients.items()}
         kernels = [n for layer in body.layers for n in layer.parameters[:1]]
@@ -89,7 +97,8 @@ class Search:
     def misfit(self, images: Tensor, temperature: float) -> Tensor:
         """Relative squares of the features' gap and of every gradient's, added up: ``[S]``."""
         features, found = self.body.evaluate(images, temperature)
-        gap = (features - self.features).square().sum(2) / self.features.square().sum(1)
+        gap = ((features - self.features) * self.known).square().sum(2)
+        gap = gap / (self.features * self.known).square().sum(1).clamp(min=torch.finfo(gap.dtype).tiny)
         total = self.cooling.features * gap.mean(1)
         for name, value in found.items():
             total = total + self.weights[name] * (value - self.gradients[name]).square().sum(1) / self.sizes[name]
