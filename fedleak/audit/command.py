@@ -14,7 +14,8 @@ from torch import nn
 from fedleak.attacks.base import Knowledge
 from fedleak.audit.app import read_app, run_app
 from fedleak.audit.findings import Truth, examine
-from fedleak.audit.preflight import preflight, worst
+from fedleak.audit.normalisation import PLAIN, Normalization, look, with_look
+from fedleak.audit.preflight import Preflight, preflight, worst
 from fedleak.audit.report import EXIT_CODES, Audit, write
 from fedleak.audit.shapes import guess_normalization, infer_classes, infer_shape
 from fedleak.audit.statement import Statement, by_session, parse
@@ -128,11 +129,11 @@ def audit(arguments: Sequence[str]) -> int:
     console.say(f"{len(source.exchanges)} updates of {source.name}")
     seed = options.number("--seed", 0, least=0)
     device = resolve_device(options.given.get("--device", "auto"))
-    checked = preflight(source.exchanges, source.knowledge, source.statements, seed=seed)
+    checked, knowledge, looks = _checked(source, seed)
     with console.steps("audit", len(checked)) as step:
         found = examine(
             checked,
-            source.knowledge,
+            knowledge,
             seed=seed,
             device=device,
             seconds=options.number("--seconds", 60.0, least=0, kind=float),
@@ -140,7 +141,7 @@ def audit(arguments: Sequence[str]) -> int:
             on_done=lambda done: step(1, f"{done}"),
         )
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in worst(checked).items() if count)
-    facts = {**source.facts, "assumptions": verdicts}
+    facts = {**source.facts, **looks, "assumptions": verdicts}
     result = Audit(source.name, found, shlex.join(["fedleak", "audit", *arguments]), facts)
     write(result, options.output)
     for finding in found[:20]:
@@ -149,6 +150,21 @@ def audit(arguments: Sequence[str]) -> int:
     console.say(f"verdict: {result.verdict}")
     console.say(f"the whole story on one page: {options.output.absolute() / 'audit.html'}")
     return EXIT_CODES[result.verdict]
+
+
+def _checked(source: Source, seed: int) -> tuple[list[Preflight], Knowledge, dict[str, str]]:
+    """The preflights, the model with the images' normalisation in front of it, and what is said of that."""
+    checked = preflight(source.exchanges, source.knowledge, source.statements, seed=seed)
+    if source.seen:
+        return checked, source.knowledge, {}
+    found = look(checked, source.plain, source.knowledge, source.stated, seed=seed)
+    if found is None:
+        words = "as stated; not checked" if source.stated else "unknown; none is assumed"
+        return checked, source.knowledge, {"images": words}
+    knowledge = source.knowledge
+    if source.stated is None and found.best != PLAIN:
+        knowledge = replace(knowledge, model=normalized(source.plain, *found.best))
+    return with_look(checked, found), knowledge, {"images": found.check.words}
 
 
 @dataclass(frozen=True)
@@ -161,6 +177,9 @@ class Source:
         knowledge: the model, its images and classes.
         truths: message id -> what was really in it.
         facts: for the page.
+        plain: the model, that takes normalised images.
+        stated: how they are normalised; None if nobody says.
+        seen: whether it was seen, so that it need not be checked.
     """
 
     name: str
@@ -169,6 +188,9 @@ class Source:
     knowledge: Knowledge
     truths: Mapping[str, Truth]
     facts: Mapping[str, str]
+    plain: nn.Module
+    stated: Normalization | None = None
+    seen: bool = False
 
 
 def _of_app(options: Options, console: Console) -> Source:
@@ -206,9 +228,9 @@ def _of_app(options: Options, console: Console) -> Source:
         "capture": str(folder),
         "model": type(model).__name__,
         "clients train": _told(statements[0]),
-        "images": f"{shape}, normalised by {mean}/{std}" if (mean, std) != ([0.0], [1.0]) else f"{shape}",
+        "images": f"{shape}, normalised by {mean}/{std}" if (mean, std) != PLAIN else f"{shape}",
     }
-    return Source(app.name, exchanges, statements, knowledge, truths, facts)
+    return Source(app.name, exchanges, statements, knowledge, truths, facts, model, (mean, std), seen=True)
 
 
 def _of_captures(options: Options) -> Source:
@@ -220,7 +242,8 @@ def _of_captures(options: Options) -> Source:
     if "--model" not in options.given:
         raise UsageError("--model: missing; name the clients' model, --model package.module:Net")
     model = _model(options.given["--model"])
-    mean, std = _normalization(options) or ([0.0], [1.0])
+    normalization = _normalization(options)
+    mean, std = normalization or PLAIN
     exchanges = read(runs[-1])
     shape = None if "--image-shape" in options.given else known_shape(runs[-1])
     knowledge = _knowledge(model, shape or _shape(options, model), mean, std)
@@ -231,11 +254,12 @@ def _of_captures(options: Options) -> Source:
         "model": options.given["--model"],
         "clients train": _told(stated) if stated.source else "as the messages say; nothing was stated",
     }
-    return Source(runs[-1].name, exchanges, [stated] * len(exchanges), knowledge, truths, facts)
+    statements = [stated] * len(exchanges)
+    return Source(runs[-1].name, exchanges, statements, knowledge, truths, facts, model, normalization)
 
 
 def _knowledge(model: nn.Module, shape: tuple[int, int, int], mean: list[float], std: list[float]) -> Knowledge:
-    plain = (mean, std) == ([0.0], [1.0])
+    plain = (mean, std) == PLAIN
     return Knowledge(model if plain else normalized(model, mean, std), shape, infer_classes(model, shape))
 
 
@@ -280,7 +304,7 @@ def _shape(options: Options, model: nn.Module) -> tuple[int, int, int]:
     return c, h, w
 
 
-def _normalization(options: Options) -> tuple[list[float], list[float]] | None:
+def _normalization(options: Options) -> Normalization | None:
     text = options.given.get("--normalize")
     if text is None:
         return None

@@ -40,6 +40,8 @@ MEANING: Mapping[str, str] = {
     NOT_ATTACKABLE: "the server does not see this update by itself, or it holds nothing to read",
     INCONCLUSIVE: "what was stated about the clients cannot be true of this update, so that no answer means anything",
 }
+HARMLESS = ("scale", "normalisation")
+"""Checks that may be unknown where labels are sure: the first has its own error, the second moves images alone."""
 CLIENTS = 3
 """Simulated clients that show how far the label inference errs."""
 MOST_IMAGES = 4
@@ -185,7 +187,7 @@ def _judge(finding: Finding) -> Finding:
     skill = (finding.accuracy - finding.guess) / max(1 - finding.guess, 1e-9)
     if finding.accuracy < min(chance, 0.9):
         skill = 0.0
-    blind = [c for c in finding.preflight.checks if c.verdict == UNKNOWN and c.name != "scale"]
+    blind = [c for c in finding.preflight.checks if c.verdict == UNKNOWN and c.name not in HARMLESS]
     sure = finding.error == 0 or (
         not blind and (finding.accuracy >= 0.95 or (finding.accuracy >= 0.9 and skill >= 0.8))
     )
