@@ -1,4 +1,4 @@
-"""The command line: ``fedleak run``, ``attack``, ``labels``, ``condense``, ``audit``, ``report`` and ``list``."""
+"""The command line: ``fedleak run``, ``attack``, ``labels``, ``condense``, ``audit``, ``report``, ``collect`` …"""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ HELP = f"""fedleak {__version__}: simulate a federation with an attacker inside,
   fedleak audit APP_DIR | CAPTURES [options] what a Flower app's updates give away; fedleak audit --help
   fedleak frontier [overrides]              what defenses cost, and what leaks through them all the same
   fedleak report DIR [DIR …] [--output F]   one HTML page on a run, or on several side by side
+  fedleak collect DIR [--output F]          one table, collected.csv, over all runs in a folder, of a sweep say
   fedleak list                              the choices of every group
   fedleak --help | --version
 
@@ -161,6 +162,7 @@ def _resume(arguments: list[str]) -> int:
     failures: list[FedleakError] = []
     jobs = list(begun(folder, given, trusted=trusted))
     for job in jobs:
+        (job.folder / "error.txt").unlink(missing_ok=True)
         try:
             _run_job(job.command, job.setup, job.overrides, job.folder, resume=True)
         except FedleakError as error:
@@ -243,6 +245,38 @@ def audit(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """``fedleak report``: one HTML page on one run, or on several side by side."""
+    folders, output = _folders("report", arguments)
+    from fedleak.report.html import write_report
+
+    if output is None:
+        output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    print(f"report: {write_report(folders, output)}")
+    return 0
+
+
+def collect(arguments: list[str]) -> int:
+    """``fedleak collect``: one table over all the runs in a folder."""
+    folders, output = _folders("collect", arguments)
+    if len(folders) != 1:
+        raise UsageError("fedleak collect takes one folder, such as that of a sweep; name it")
+    from fedleak.collect import collect as collected
+    from fedleak.collect import write
+    from fedleak.console import Console
+
+    found, console = collected(folders[0]), Console()
+    path = output or folders[0] / "collected.csv"
+    write(found, path)
+    console.table(found.shown)
+    console.say(f"{len(found.table)} runs in {path}")
+    for name in found.unfinished:
+        console.headline(f"not finished: {name} (fedleak run resume={folders[0] / name})")
+    for problem in found.unreadable:
+        console.headline(f"left out, damaged: {problem}")
+    return 0
+
+
+def _folders(command: str, arguments: list[str]) -> tuple[list[Path], Path | None]:
+    """(directories, what --output names)."""
     folders: list[Path] = []
     output = None
     rest = list(arguments)
@@ -252,18 +286,13 @@ def report(arguments: list[str]) -> int:
         if name in ("--output", "-o"):
             value = value or (rest.pop(0) if rest else "")
             if not value:
-                raise UsageError("--output: names no file; give one, such as report.html")
+                raise UsageError("--output: names no file; give one")
             output = Path(value)
         elif word.startswith("-"):
-            raise UsageError(f"{word}: unknown option; fedleak report takes run directories and --output FILE")
+            raise UsageError(f"{word}: unknown option; fedleak {command} takes run directories and --output FILE")
         else:
             folders.append(Path(word))
-    from fedleak.report.html import write_report
-
-    if output is None:
-        output = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
-    print(f"report: {write_report(folders, output)}")
-    return 0
+    return folders, output
 
 
 def list_choices(arguments: list[str]) -> int:
@@ -289,6 +318,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "condense": condense,
     "audit": audit,
     "report": report,
+    "collect": collect,
     "list": list_choices,
 }
 
@@ -341,7 +371,8 @@ def _through_hydra(
     from fedleak.config import compose_config, conf_dir, expand_sweep, plain, search_path
 
     flags, overrides = _split(arguments)
-    for one in expand_sweep(overrides) if {"--multirun", "-m"} & set(flags) else [overrides]:
+    sweeps = bool({"--multirun", "-m"} & set(flags))
+    for one in expand_sweep(overrides) if sweeps else [overrides]:
         config = plain(compose_config(one, root))
         if any(override.startswith("output_dir=") for override in overrides):
             _refuse_overwriting(Path(config["output_dir"]))
@@ -361,6 +392,8 @@ def _through_hydra(
         except FedleakError as error:
             print(f"fedleak: {_one_line(error)}", file=sys.stderr)
             failures.append(error)
+            if sweeps:
+                (Path(job.runtime.output_dir) / "error.txt").write_text(f"{_one_line(error)}\n")
 
     before = sys.argv
     named = any(override.startswith(("output_dir=", "hydra.run", "hydra.sweep")) for override in overrides)
@@ -370,6 +403,10 @@ def _through_hydra(
         hydra.main(config_path=str(conf_dir()), config_name=root, version_base="1.3")(guarded)()
     finally:
         sys.argv = before
+    # A launcher may run jobs in other processes, which leave no more behind than what they write.
+    swept = Path(own[1].partition("=")[2]) if own else Path(config["output_dir"])
+    if not failures and sweeps and any(swept.glob("*/error.txt")):
+        return 1
     return _exit_code(failures)
 
 
