@@ -453,6 +453,11 @@ def _show(console: Console, outcome: Outcome) -> None:
 
     page = outcome.report or write_report([outcome.folder], outcome.folder / "report.html")
     console.table(outcome.table)
+    for row in outcome.summary.get("attackers", []):
+        labels = "–" if row["label_accuracy"] is None else f"{row['label_accuracy']:.0%}"
+        console.say(
+            f"{row['attacker']}: {row['recovered']} of {row['images']} images recovered, {labels} of the labels"
+        )
     console.say(f"results in {outcome.folder}")
     picture = outcome.folder / "reconstructions.png"
     if picture.exists():

@@ -13,7 +13,7 @@ import pandas as pd
 
 from fedleak import files
 from fedleak.evaluation.judge import Judgement
-from fedleak.evaluation.tables import leakage_by_round, round_table, summarise
+from fedleak.evaluation.tables import leakage_by_round, round_table, side_by_side, summarise
 from fedleak.tracking import NoTracker, Tracker, finite
 
 
@@ -35,7 +35,13 @@ class Outcome:
 
 
 def write_outcome(
-    judgement: Judgement, run_dir: Path, folder: Path, said: Mapping[str, Any], tracker: Tracker
+    judgement: Judgement,
+    run_dir: Path,
+    folder: Path,
+    said: Mapping[str, Any],
+    tracker: Tracker,
+    *,
+    naive: Judgement | None = None,
 ) -> Outcome:
     """Write tables, pictures and summary into `folder`, and tell the tracker.
 
@@ -45,6 +51,8 @@ def write_outcome(
         folder: where everything goes, `run_dir` itself or a folder of its own.
         said: what the summary holds besides the results.
         tracker: started already.
+        naive: beside an adaptive attack, of the same attack without; both then stand in ``attackers.csv``, in the
+            summary and in the report.
     """
     attacks, leakage, kept = judgement.attacks, judgement.leakage, judgement.reconstructions
     rounds = pd.read_csv(run_dir / "rounds.csv") if (run_dir / "rounds.csv").exists() else pd.DataFrame()
@@ -56,8 +64,13 @@ def write_outcome(
         reconstructions_png(folder / "reconstructions.png", judgement.matches)
         if any(pair.frames for pair in judgement.matches):
             evolution_png(folder / "evolution.png", judgement.matches)
+    attackers: list[dict[str, Any]] = []
+    if naive is not None:
+        attackers = [side_by_side("naive", naive.attacks, naive.leakage), side_by_side("adaptive", attacks, leakage)]
+        write_csv(pd.DataFrame(attackers), folder / "attackers.csv")
     summary = {
         **summarise(attacks, leakage, rounds),
+        **({"attackers": attackers} if attackers else {}),
         **said,
         "run_dir": os.path.relpath(run_dir, folder),
         "reconstructions": None if kept is None else os.path.relpath(kept, folder),

@@ -72,8 +72,9 @@ def run(
             # 4. The judgement, which alone opens the ground truth.
             truths = TruthStore(folder / "truth")
             judgement = Judgement() if attacked is None else judge(attacked, truths, setup)
+            naive = _naive(setup, folder, truths, console)
             said = facts(setup, time.perf_counter() - started + left.seconds, command)
-            outcome = write_outcome(judgement, folder, folder, said, tracker)
+            outcome = write_outcome(judgement, folder, folder, said, tracker, naive=naive)
         (folder / FILE).unlink(missing_ok=True)  # nothing is left to go on with
     return outcome
 
@@ -137,9 +138,20 @@ def attack_again(setup: Setup, run_dir: Path, folder: Path, console: Console, co
     with tracked(setup, folder) as tracker:
         attacked = attack_captures(setup, run_dir, attack, console)
         folder.mkdir(parents=True, exist_ok=True)
-        judgement = judge(attacked, TruthStore(run_dir / "truth"), setup)
+        truths = TruthStore(run_dir / "truth")
+        judgement = judge(attacked, truths, setup)
+        naive = _naive(setup, run_dir, truths, console)
         said = facts(setup, time.perf_counter() - started, command)
-        return write_outcome(judgement, run_dir, folder, said, tracker)
+        return write_outcome(judgement, run_dir, folder, said, tracker, naive=naive)
+
+
+def _naive(setup: Setup, run_dir: Path, truths: TruthStore, console: Console) -> Judgement | None:
+    """The same attack by one who does not adapt, to stand beside an adaptive one; None beside any other."""
+    if not setup.attack.adaptive:
+        return None
+    setup = replace(setup, attack=replace(setup.attack, adaptive=False), limit="off")
+    attack = setup.attack.build()
+    return None if attack is None else judge(attack_captures(setup, run_dir, attack, console), truths, setup)
 
 
 def attack_captures(setup: Setup, run_dir: Path, attack: Attack, console: Console) -> Attacked:
@@ -152,8 +164,9 @@ def attack_captures(setup: Setup, run_dir: Path, attack: Attack, console: Consol
     observations = _seen(store, setup)
     knowledge = attacker_knowledge(setup, store)
     where = run_dir / "captures" / "reconstructions" / _key(setup)
-    console.headline(f"attack {attack.name} on {len(observations)} updates of {run_dir}, on {setup.torch_device}")
-    with console.attack(attack.name, len(observations)) as on_progress:
+    name = f"adaptive {attack.name}" if attack.adaptive else attack.name
+    console.headline(f"attack {name} on {len(observations)} updates of {run_dir}, on {setup.torch_device}")
+    with console.attack(name, len(observations)) as on_progress:
         reconstructions = attack(
             observations,
             knowledge,

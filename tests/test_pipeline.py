@@ -287,3 +287,24 @@ def test_clients_of_several_epochs_are_attacked_from_the_command_line(tmp_path, 
         == 0
     )
     assert pd.read_csv(tmp_path / "run" / "attacks.csv").update_residual.max() < 1e-5
+
+
+def test_an_adaptive_attack_stands_beside_the_naive_one(tmp_path, capsys):
+    folder = tmp_path / "run"
+    overrides = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=1", "data.image_size=12"]
+    adaptive = [
+        "attack.adaptive=true",
+        "attack.restarts=1",
+        "attack.max_evaluations=60",
+        "defense=pruning",
+        "defense.ratio=0.7",
+    ]
+    assert main(["run", *overrides, *adaptive, f"output_dir={folder}"]) == 0
+    table = pd.read_csv(folder / "attackers.csv").set_index("attacker")
+    assert list(table.index) == ["naive", "adaptive"]
+    assert table.loc["adaptive", "recovered"] == 1 > table.loc["naive", "recovered"]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [row["recovered"] for row in summary["attackers"]] == [0, 1]
+    assert summary["recovered"] == 1
+    assert "naive: 0 of 1 images recovered" in capsys.readouterr().out
+    assert "one who knows nothing of a defense" in (folder / "report.html").read_text()

@@ -137,6 +137,13 @@ def summarise(attacks: pd.DataFrame, leakage: pd.DataFrame, rounds: pd.DataFrame
     }
 
 
+def side_by_side(attacker: str, attacks: pd.DataFrame, leakage: pd.DataFrame) -> dict[str, Any]:
+    """One attacker's row of ``attackers.csv``: the numbers of `summarise` that compare it with another."""
+    found = summarise(attacks, leakage, pd.DataFrame())
+    kept = ("observations", "label_accuracy", "whole_batch_rate", "images", "recovered", "median_mse", "median_psnr")
+    return {"attacker": attacker} | {name: found[name] for name in (*kept, "evaluations", "attack_seconds")}
+
+
 def _methods(attacks: pd.DataFrame) -> dict[str, int]:
     """How many updates were rebuilt by which method, and why by that one."""
     if "why" not in attacks:

@@ -213,7 +213,25 @@ def _card(run: RunData) -> dict[str, Any]:
             for number, accuracy, labels, *words in table.itertuples(index=False)
         ],
         "limits": len(run.limits) > 0,
+        "attackers": _attackers(run),
     }
+
+
+def _attackers(run: RunData) -> list[list[str]]:
+    """Rows of the naive and the adaptive attacker, where a run has both."""
+    rows = run.summary.get("attackers")
+    known = [_mapping(row) for row in rows] if isinstance(rows, list) else []
+    return [
+        [
+            str(row.get("attacker")),
+            f"{row.get('recovered')} of {row.get('images')}",
+            percent(row.get("label_accuracy")),
+            percent(row.get("whole_batch_rate")),
+            "–" if row.get("median_mse") is None else small(float(row["median_mse"])),
+            "–" if row.get("median_psnr") is None else f"{float(row['median_psnr']):.1f} dB",
+        ]
+        for row in known
+    ]
 
 
 def verdict(run: RunData, summary: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ class Strongest(Inversion):
     """
 
     def __init__(self, first: Inversion | None = None, then: Inversion | None = None) -> None:
-        self.first = first if first is not None else MAP(restarts=1, max_steps=25)
+        self.first = first if first is not None else MAP(restarts=1, max_steps=25, seconds=20)
         self.then = then if then is not None else GradientMatching(smoothness=1.0)
 
     def invert(

@@ -139,6 +139,14 @@ class Model:
     shift: Tensor
     seen: Tensor
 
+    @property
+    def trained(self) -> bool:
+        """Whether the model looks trained, so that dummy images alone do not describe what it makes of real ones."""
+        first = self.families[0]
+        if first.pool.labels is None:
+            return len(self.families) > 1
+        return bool((first.probabilities.argmax(1) == first.pool.labels).double().mean() > 0.5)
+
     def halves(self) -> list[Samples]:
         """First and second halves of the families in turn."""
         return [half for family in self.families for half in family.halves()]
@@ -206,7 +214,7 @@ def simulate(
     values, shares, half = [], [], []
     for part, (family, labels) in enumerate(zip(families, drawn, strict=True)):
         total = labels.shape[1]
-        error = _errors(family, labels, seed + part)
+        error = errors_of(family, labels, seed + part)
         ones = torch.ones(len(family.features), dtype=torch.float64)
         sums = torch.stack([ones, family.features.sum(dim=1)], dim=1)
         moments = error @ torch.cat([sums, family.features @ head.T], dim=1) / total
@@ -260,7 +268,7 @@ def near(counts: Tensor, spread: Tensor, batches: int, seed: int, *, skewed: boo
     return torch.where(change, torch.randint(classes, (batches, total), generator=generator), labels)
 
 
-def _errors(family: Samples, drawn: Tensor, seed: int) -> Tensor:
+def errors_of(family: Samples, drawn: Tensor, seed: int) -> Tensor:
     """``[J, C, M]``: how often input m is in batch j, times its p, minus how often with label c."""
     inputs, classes = family.probabilities.shape
     pick = family.pool.draw(drawn, plain_generator(seed))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedleak.attacks import Attack, Run
+from fedleak.attacks import Attack, Knowledge, Run
 from fedleak.attacks.inversion import GradientMatching
 from fedleak.attacks.labels import Fedleak, Version1
 from fedleak.attacks.labels.defended import Defended, FromWhatIsLeft, fitted, scale_of
@@ -13,8 +13,11 @@ from fedleak.data import digits
 from fedleak.defenses import Clipping, Masking, NoDefense, Pruning
 from fedleak.evaluation.metrics import label_accuracy
 from fedleak.instantiate import Part
-from fedleak.studies.fresh import draw_victims
+from fedleak.models.build import build_model
+from fedleak.studies.captured import Captured
+from fedleak.studies.fresh import client_update, draw_victims
 from fedleak.threat import ThreatModel
+from fedleak.truth import Truth
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +68,26 @@ def test_only_updates_with_gaps_are_read_another_way(victims):
     assert torch.equal(found[2].labels, found[0].labels)
     assert isinstance(Attack(Fedleak(), GradientMatching(), adaptive=True).labels, Defended)
     assert isinstance(Attack(Version1(), GradientMatching(), adaptive=True).labels, Version1)
+
+
+def test_of_a_trained_model_batches_are_simulated_through_the_same_gaps(victims):
+    data = digits(image_size=16)
+    images, labels = data.train_images.float() / 255, data.train_labels
+    torch.manual_seed(0)
+    model = build_model(Part("model", {"_target_": "fedleak.models.LeNet"}), data.image_shape, data.classes, 0)
+    steps = torch.optim.Adam(model.parameters(), lr=0.01)
+    for batch in torch.randperm(len(labels))[:1280].view(40, 32):
+        steps.zero_grad()
+        torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+        steps.step()
+    drawn = torch.randperm(len(labels))[:40].view(10, 4)
+    training = victims.observations[0].training
+    sent = [client_update(model, images[b], labels[b], training, run=n) for n, b in enumerate(drawn)]
+    truths = [Truth(n + 1, 0, images[b], labels[b]) for n, b in enumerate(drawn)]
+    known = Knowledge(model, data.image_shape, data.classes, ThreatModel())
+    trained = Captured(known, sent, truths)
+    for defense in (Pruning(0.9), Masking(0.9)):
+        assert accuracy(FromWhatIsLeft(batches=128), defense, trained) > 0.8
+    tested = data.test_images[:200].float() / 255, data.test_labels[:200]
+    informed = replace(trained, knowledge=replace(known, auxiliary=tested))
+    assert accuracy(FromWhatIsLeft(batches=128), Pruning(0.9), informed) > 0.8
