@@ -18,6 +18,8 @@ from fedleak.attacks.labels.counting import round_counts
 from fedleak.attacks.labels.last_layer import find_last_layer
 from fedleak.attacks.labels.posterior import domain_images
 from fedleak.audit.lattice import reach_of
+from fedleak.audit.leaks import Leaks, leaks
+from fedleak.audit.leaks import as_json as leaks_json
 from fedleak.audit.preflight import CONTRADICTS, UNKNOWN, Preflight
 from fedleak.capture import Observation
 from fedleak.evaluation.matching import assign
@@ -44,6 +46,8 @@ HARMLESS = ("scale", "normalisation")
 """Checks that may be unknown where labels are sure: the first has its own error, the second moves images alone."""
 CLIENTS = 3
 """Simulated clients that show how far the label inference errs."""
+LIMITS = 2
+"""Updates whose limit is computed."""
 MOST_IMAGES = 4
 """Samples up to which images are sought."""
 
@@ -71,6 +75,7 @@ class Finding:
         images: ``[N, C, H, W]`` in [0, 1], rebuilt, where they explain the update.
         image_error: the mean squared error of each that the attacker expects.
         label_accuracy, image_mse: the true ones, where the truth is known.
+        leaks: what each tensor gives away; None where nothing was attacked.
     """
 
     preflight: Preflight
@@ -85,6 +90,7 @@ class Finding:
     label_accuracy: float | None = None
     image_mse: tuple[float, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    leaks: Leaks | None = None
 
     @property
     def interval(self) -> list[tuple[int, int]]:
@@ -130,6 +136,7 @@ def examine(
             on_done(place + 1)
     if seconds is None or seconds > 0:
         findings = _images(findings, knowledge, seed, device, seconds)
+    findings = _leaking(findings, knowledge, seed, LIMITS if seconds is None or seconds > 0 else 0)
     return [_scored(f, (truths or {}).get(f.preflight.exchange.message)) for f in findings]
 
 
@@ -307,6 +314,25 @@ def _images(
     return found
 
 
+def _leaking(findings: list[Finding], knowledge: Knowledge, seed: int, limits: int) -> list[Finding]:
+    """With what each tensor gives away; the limit for a few, those with images first."""
+    order = sorted(range(len(findings)), key=lambda i: findings[i].images is None)
+    found = list(findings)
+    for place in order:
+        f = findings[place]
+        if not f.counts:
+            continue
+        try:
+            told = leaks(f.preflight, knowledge, f.counts, f.error, f.images, seed=seed, limited=limits > 0)
+        except Exception as problem:  # a listing must never cost the verdict
+            note = f"no listing of tensors: {' '.join(str(problem).split())}"
+            found[place] = replace(f, notes=(*f.notes, note))
+            continue
+        limits -= told is not None and told.image_bits is not None
+        found[place] = replace(f, leaks=told)
+    return found
+
+
 def _scored(finding: Finding, truth: Truth | None) -> Finding:
     """With the scores, where the truth is known."""
     if truth is None or not finding.counts or not len(truth.labels):
@@ -355,6 +381,7 @@ def as_json(finding: Finding) -> dict[str, Any]:
             "expected_mse": list(finding.image_error),
             "mse": list(finding.image_mse),
         },
+        **leaks_json(finding.leaks),
         "clear": {name: dict(record) for name, record in exchange.clear.items()},
         "notes": list(finding.notes),
     }

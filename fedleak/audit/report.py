@@ -202,6 +202,36 @@ def _card(finding: Finding) -> dict[str, Any]:
             for i, image in enumerate([] if finding.images is None else finding.images)
         ],
         "samples": many(total, "sample"),
+        "leaks": _leaks(finding),
+        "notes": finding.notes,
+    }
+
+
+def _leaks(finding: Finding) -> dict[str, Any] | None:
+    """What each tensor gives away, for the page."""
+    found = finding.leaks
+    if found is None:
+        return None
+    limited = found.image_bits is not None
+    return {
+        "rows": [
+            {
+                "name": row.name,
+                "elements": f"{row.elements:,}",
+                "share": percent(row.share),
+                "bits": f"{row.bits_at_most:,.0f}",
+                "tells": row.tells,
+                "image_bits": "–" if row.image_bits is None else f"{row.image_bits:,.0f}",
+                "error": "–" if row.expected_mse is None else small(row.expected_mse),
+            }
+            for row in found.tensors
+        ],
+        "limited": limited,
+        "where": found.where,
+        "bits": f"{found.image_bits:,.0f}" if found.image_bits is not None else "–",
+        "error": small(sum(found.expected_mse) / len(found.expected_mse)) if found.expected_mse else "–",
+        "guess": small(found.prior_mse) if found.prior_mse is not None else "–",
+        "coordinates": found.coordinates,
     }
 
 
