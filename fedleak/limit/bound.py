@@ -76,8 +76,18 @@ def limit(
     total: Tensor = exact.jacobian(prior.basis(0, width)).gram(precision)[0]
     total.diagonal().add_(1)
     factor = torch.linalg.cholesky(total)
-    covariance = torch.cholesky_inverse(factor).diagonal().view(batch, width)
+    covariance = _inverse_diagonal(factor, width).view(batch, width)
     rest = prior.variance[width:].sum()
     # The coordinates are eigenvectors, so that pixels' squared errors add up along them.
     mse = ((covariance * prior.variance[:width]).sum(1) + rest) / size
     return Limit(mse, float(factor.diagonal().log2().sum()), width)
+
+
+def _inverse_diagonal(factor: Tensor, width: int) -> Tensor:
+    """The diagonal of (L Lᵀ)⁻¹, `width` columns of L⁻¹ at a time: they are zero above their own rows."""
+    found = []
+    for first in range(0, len(factor), width):
+        rest = factor[first:, first:]
+        columns = torch.eye(len(rest), min(width, len(rest)), dtype=factor.dtype, device=factor.device)
+        found.append(torch.linalg.solve_triangular(rest, columns, upper=False).square().sum(0))
+    return torch.cat(found)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from fedleak.attacks.chain.base import Dense, Rows
+from fedleak.attacks.chain import read_layers
+from fedleak.attacks.chain.base import Dense, Layer, Rows
 from fedleak.attacks.functional import functional_copy
 from fedleak.attacks.jacobian.base import Jacobian
 from fedleak.attacks.problem import Target
 
 _CHUNK = 64
-"""Directions that are swept at once."""
+"""Directions that are swept at once: so few stay near the processor."""
 
 
 class FeatureModel:
@@ -47,6 +49,10 @@ class FeatureModel:
         self.seen: list[Tensor] = []
         last = dict(self.model.named_modules())[layer]
         last.register_forward_pre_hook(lambda _, given: self.seen.append(given[0]))
+        self.layer, self.target, self.device = layer, target, device
+        self.chain: list[Layer] | None = None
+        self.rows: Rows = {}
+        self.read = False
 
     def at(self, images: Tensor, labels: Tensor) -> None:
         """Stand at images ``[P, 1, C, H, W]``; labels do not matter."""
@@ -72,8 +78,41 @@ class FeatureModel:
         pulled: Tensor = vjp(self.features, self.images)[1](values["features"].to(self.dtype))[0]
         return pulled[:, None]
 
+    def _read(self) -> None:
+        """The layers before the last one, where the network is a chain."""
+        self.read = True
+        layers = read_layers(copy.deepcopy(self.model).cpu().float(), (*self.images.shape[1:],))
+        names = [getattr(layer, "name", None) for layer in layers or []]
+        if layers is None or self.layer not in names:
+            return
+        self.chain = layers[: names.index(self.layer)]
+        for layer in self.chain:
+            self.rows |= layer.weights([self.target], lambda t: torch.stack(t).detach().to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def _swept(self, image: Tensor, basis: Tensor, chain: list[Layer]) -> Tensor:
+        """Derivatives ``[K, d]`` of one image's features, layer by layer."""
+        a = image[None, None]
+        for layer in chain:
+            a = layer.forward(self.rows, a)
+        found = []
+        for t in basis[None].split(_CHUNK, 1):
+            for layer in chain:
+                t = layer.tangent(self.rows, t)
+            found.append(t[0])
+        moved, features = torch.cat(found), a[0]
+        if not self.logits:
+            return moved
+        slope = features * (1 - features)
+        return torch.where(slope > 0, moved / slope, 0.0)
+
     def jacobian(self, basis: Tensor) -> Jacobian:
         """Derivatives by coordinates in `basis` ``[K, C, H, W]``."""
+        if not self.read:
+            self._read()
+        if self.chain is not None:
+            each = [self._swept(image, basis.to(self.dtype), self.chain) for image in self.images]
+            return Jacobian({"features": Dense(torch.stack(each)[:, None])})
 
         def column(direction: Tensor) -> Tensor:
             moved: Tensor = jvp(self.features, (self.images,), (direction.expand_as(self.images),))[1]

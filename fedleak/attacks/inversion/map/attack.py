@@ -321,7 +321,7 @@ class _Work:
             return _Answer(images, errors, reasons, misfit, noise_level(precision), spent)
         path = solver.prior
         solver.weigh(precision)
-        solver.prior = self.prior
+        solver.believe(self.prior)
         moved = solver.start(state.z * (path.variance / self.prior.variance).sqrt()[: state.z.shape[2]])
         moved = solver.run(moved, last=last)
         spent = moved.evaluations

@@ -36,16 +36,20 @@ class Settings:
         coarse_steps: steps of each stage but the last, at most; it ends where its coordinates have told what they can.
         max_steps: Gauss-Newton steps of the last stage, at most.
         shrink: s is at most this share of the misfit.
+        linear: s falls to this share of itself where the update did what a linear model foretold.
         forcing: conjugate gradients stop at this relative residual.
         patience: steps of conjugate gradients with an old preconditioner, and with a new one.
+        last_patience: with an old one at the noise, where a new one serves the posterior too.
     """
 
     stages: Sequence[int] = (100, 300)
     coarse_steps: int = 8
     max_steps: int = 60
     shrink: float = 0.3
+    linear: float = 0.01
     forcing: float = 0.03
-    patience: tuple[int, int] = (60, 100)
+    patience: tuple[int, int] = (250, 150)
+    last_patience: int = 40
 
 
 @dataclass
@@ -101,6 +105,8 @@ class GaussNewton:
         self.exact, self.rough = exact, rough
         self.observed, self.labels, self.prior, self.settings = observed, labels, prior, settings
         self.batch = labels.shape[1]
+        self.preconditioner: Preconditioner | None = None
+        self._width = 0
         self.weigh(precision)
 
     def weigh(self, precision: Rows) -> None:
@@ -109,10 +115,27 @@ class GaussNewton:
         self.root = {n: (v if v.dim() == 2 else v[:, None]).sqrt() for n, v in precision.items()}
         self.count = torch.stack([(self.root[n] > 0).expand_as(self.observed[n]).sum(1) for n in self.observed]).sum(0)
 
-    def prepare(self, width: int) -> None:
-        """Seek the first `width` coordinates of each image, with a new preconditioner."""
+    def prepare(self, width: int, *, near: bool = False) -> None:
+        """Seek the first `width` coordinates of each image, with a new preconditioner.
+
+        Args:
+            near: the images are near the truth: few steps are left, and they are worth the whole normal matrix.
+        """
+        if self._width == width and self.preconditioner is not None:
+            return
         self._width = width
         self.preconditioner = Preconditioner(self.precision, self.prior.basis(0, width))
+        if near:
+            self.preconditioner.widen(self.batch)
+
+    def believe(self, prior: ImagePrior) -> None:
+        """Take another prior, of the same eigenvectors."""
+        if self.preconditioner is not None and self.preconditioner.ready:
+            wider = (prior.variance / self.prior.variance)[: self._width].sqrt()
+            self.preconditioner.rescale(wider, prior.basis(0, self._width))
+        else:
+            self.preconditioner = None
+        self.prior = prior
 
     def start(self, z: Tensor) -> State:
         """The state at coordinates z ``[P, B, K]``."""
@@ -130,12 +153,13 @@ class GaussNewton:
             last: the stage to end with; None for all coordinates.
         """
         size = self.prior.root.shape[0]
+        near = state.z.shape[2] == size
         stages = [k for k in self.settings.stages if state.z.shape[2] <= k < size]
         for width in [*stages, size]:
             if width > (last or size):
                 break
             state.z = _widen(state.z, width)
-            self.prepare(width)
+            self.prepare(width, near=near)
             for _ in range(self.settings.coarse_steps if width < size else self.settings.max_steps):
                 least = self._unsought(state, width).clamp(min=1.0) if width < size else torch.ones_like(state.s)
                 self._step(state, least)
@@ -227,7 +251,8 @@ class GaussNewton:
         # Where a whole step gained little, or did what a linear model foretold, this level has no more to give: on to a
         # lower one.
         over = ((state.gain < 0.2) | (state.trust > _LINEAR)) & (state.damping == 0)
-        lower = torch.minimum(torch.where(over, 0.1 * state.s, state.s), self.settings.shrink * state.misfit)
+        fall = torch.where(state.trust > _LINEAR, self.settings.linear, 0.1)
+        lower = torch.minimum(torch.where(over, fall * state.s, state.s), self.settings.shrink * state.misfit)
         state.s = torch.maximum(least, lower)
         before = self.objective(state.misfit, state.z, state.s)
         self.exact.at(self.images(state.z), self.labels)
@@ -279,6 +304,7 @@ class GaussNewton:
 
         Where the update is nearly linear, few steps are left, and they are worth the whole normal matrix.
         """
+        assert self.preconditioner is not None
         move = torch.zeros_like(right)
         linear = bool((state.trust > _LINEAR).any())
         for attempt in range(3):
@@ -290,13 +316,17 @@ class GaussNewton:
             elif not self.preconditioner.ready:
                 continue
             self.preconditioner.factor(state.s, state.damping)
-            move, done = self._conjugate_gradients(state, right, move, self.settings.patience[attempt > 0])
+            most = self.settings.patience[attempt > 0]
+            if not attempt and linear and bool((state.s <= 1).all()):
+                most = self.settings.last_patience
+            move, done = self._conjugate_gradients(state, right, move, most)
             if bool(done.all()):
                 break
         return move
 
     def _conjugate_gradients(self, state: State, right: Tensor, x: Tensor, most: int) -> tuple[Tensor, Tensor]:
         """x, improved, and where it is good enough, ``[P]``."""
+        assert self.preconditioner is not None
 
         def inner(a: Tensor, b: Tensor) -> Tensor:
             return (a * b).sum((1, 2))
