@@ -21,7 +21,7 @@ from fedleak.capture import Observation
 from fedleak.errors import UsageError
 
 FEATURES = "features first"
-_EACH = 6.0
+_EACH = 7.0
 """Seconds planned for an update, at least: with fewer its search rarely comes to an end."""
 
 
@@ -39,7 +39,7 @@ class Chooser(Inversion):
         peeling: with a fallback.
         features: for networks as people train them.
         seconds: planned for all updates of a call that go through `features`, on an ordinary core, where no time is
-            given; a plan depends on no clock, and so repeats. Where they are many, six for each of them.
+            given; a plan depends on no clock, and so repeats. Where they are many, seven for each of them.
     """
 
     def __init__(

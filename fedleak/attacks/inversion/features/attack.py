@@ -20,7 +20,7 @@ from fedleak.attacks.inversion.cases import unusable
 from fedleak.attacks.inversion.features.body import Body
 from fedleak.attacks.inversion.features.hunt import Hunt
 from fedleak.attacks.inversion.features.search import Cooling
-from fedleak.attacks.inversion.features.unwind import Unwound, split_batch, unwind
+from fedleak.attacks.inversion.features.unwind import Unwound, separate_batch, split_batch, unwind
 from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.attacks.problem import Problem, pose
 from fedleak.attacks.results import Progress, Reconstruction, StopReason
@@ -167,6 +167,8 @@ class FeaturesFirst(Inversion):
         seconds: float | None,
     ) -> Reconstruction:
         began = time.perf_counter()
+        if unwound.bare:
+            return _at_once(problem, unwound, knowledge)
         target = problem.targets[0]
         side, cooling, most = self._plan(unwound.body, problem.samples, planned)
         device = torch.device(run.device)
@@ -220,6 +222,22 @@ class FeaturesFirst(Inversion):
         return z
 
 
+def _at_once(problem: Problem, unwound: Unwound, knowledge: Knowledge) -> Reconstruction:
+    """Images that are the features themselves."""
+    assert unwound.labels is not None
+    return Reconstruction(
+        round=problem.key[0],
+        client=problem.key[1],
+        images=unwound.images(knowledge.image_shape).clamp(0, 1).float(),
+        labels=unwound.labels,
+        objective=unwound.error**2,
+        evaluations=0,
+        seconds=0.0,
+        stop_reason=StopReason.CONVERGED,
+        details={"method": "features", "unwound_error": unwound.error},
+    )
+
+
 def chain_of(knowledge: Knowledge, observations: Sequence[Observation]) -> list[Layer] | None:
     """The model's layers in the mode that its clients trained it in, if it is a chain."""
     modes = {o.training.training_mode for o in observations if o.error is None}
@@ -232,15 +250,19 @@ def chain_of(knowledge: Knowledge, observations: Sequence[Observation]) -> list[
 def unwound_of(problem: Problem, layers: Sequence[Layer]) -> Unwound | None:
     """What of a problem's update unwinds; None where it does not, or not down to a body of convolutions.
 
-    A batch is split by its ReLUs' zeros; where that fails, its last inputs are those of the label inference where it
-    found them, else row-space matching's, for as many as half the classes.
+    A batch is separated by its layers' row and column spaces, or split by its ReLUs' zeros; where that fails, its last
+    inputs are those of the label inference where it found them, else row-space matching's, for as many as half the
+    classes.
     """
     target, last, labels = problem.targets[0], problem.features, None
     if len(problem.targets) > 1 or not target.training.single:
         return None
     if problem.samples > 1:
-        whole = split_batch(layers, target, problem.samples)
-        if whole is not None and Body.supported(whole.body):
+        known = None if problem.labels is None else problem.labels[0]
+        whole = separate_batch(layers, target, problem.samples, known)
+        if whole is None:
+            whole = split_batch(layers, target, problem.samples)
+        if whole is not None and (whole.bare or Body.supported(whole.body)):
             return whole
         if problem.labels is None:
             return None

@@ -93,7 +93,9 @@ class Hunt:
                     self._searched(self._search(lower), z)
             if exact is not None:
                 self._searched(exact, z)
-            cost = self.found.evaluations - before
+            self.whole.cooling = self.cooling  # where winners were wrong, further starts look longer
+            each = len(z) * self.cooling.stages * self.cooling.evaluations
+            cost = self.found.evaluations - before if exact is None else each
             if self.found.misfit <= GOAL or self.late() or self.found.evaluations + cost > most:
                 break
         return self.found

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from fedleak.attacks.chain import Layer
 from fedleak.attacks.chain.base import Observed
-from fedleak.attacks.chain.elementwise import Elementwise
+from fedleak.attacks.chain.elementwise import Affine, Elementwise
 from fedleak.attacks.chain.fully_connected import FullyConnected
+from fedleak.attacks.chain.rearrangement import Reshape
 from fedleak.attacks.chain.undo import Pointwise
+from fedleak.attacks.inversion.features.head import separate
 from fedleak.attacks.inversion.features.sparse import split
 
 _SHUT = 1e-4
@@ -43,6 +45,21 @@ class Unwound:
     def names(self) -> tuple[str, ...]:
         """Of the body's parameters."""
         return tuple(name for layer in self.body for name in layer.parameters)
+
+    @property
+    def bare(self) -> bool:
+        """Whether the features are the images, but for their shape and a scale."""
+        return all(isinstance(layer, Reshape | Affine) for layer in self.body)
+
+    def images(self, image_shape: tuple[int, int, int]) -> Tensor:
+        """``[B, C, H, W]``, of a `bare` one."""
+        value = self.features
+        for layer in reversed(self.body):
+            value = value.reshape(len(value), *layer.in_shape)
+            if isinstance(layer, Affine):
+                scale, shift = layer.constants
+                value = (value - shift) / scale
+        return value.reshape(len(value), *image_shape)
 
 
 def unwind(
@@ -107,6 +124,34 @@ def _single(layers: Sequence[Layer], place: int, target: Observed) -> Unwound | 
     inputs = delta @ by_weight / size
     error = float((delta.mT @ inputs - by_weight).norm() / by_weight.norm())
     return Unwound(tuple(layers[:place]), inputs, delta @ target.parameters[layer.weight].double(), error)
+
+
+def separate_batch(
+    layers: Sequence[Layer], target: Observed, batch: int, labels: Tensor | None = None
+) -> Unwound | None:
+    """The features and labels of a batch by the row and column spaces of all fully connected layers' gradients.
+
+    Labels may repeat, and need not be known; see `fedleak.attacks.inversion.features.head`.
+
+    Args:
+        layers: of the model.
+        target: the update of one step on a batch.
+        batch: samples.
+        labels: ``[B]``, where they are known.
+
+    Returns:
+        None where the layers from the first fully connected one on are others, or not every sample was found.
+    """
+    place = next((i for i, layer in enumerate(layers) if isinstance(layer, FullyConnected)), len(layers))
+    first = layers[place] if place < len(layers) else None
+    whole = separate(layers[place:], target, batch, labels)
+    if whole is None and labels is not None:
+        whole = separate(layers[place:], target, batch)  # they may be wrong
+    if whole is None:
+        return None
+    assert isinstance(first, FullyConnected)
+    by_features = whole.delta @ target.parameters[first.weight].double().cpu()
+    return Unwound(tuple(layers[:place]), whole.inputs, by_features, whole.error, whole.labels)
 
 
 def split_batch(layers: Sequence[Layer], target: Observed, batch: int, *, draws: int = 2**18) -> Unwound | None:

@@ -13,7 +13,7 @@ from fedleak.attacks.inversion import Chooser, FeaturesFirst, GradientMatching, 
 from fedleak.attacks.inversion.features.body import Body
 from fedleak.attacks.inversion.features.sparse import split
 from fedleak.attacks.inversion.features.undo import undo_convolution
-from fedleak.attacks.inversion.features.unwind import split_batch, unwind
+from fedleak.attacks.inversion.features.unwind import separate_batch, split_batch, unwind
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.local_update import local_update
@@ -88,6 +88,49 @@ def test_a_batch_is_split_into_its_samples_by_its_zeros(double):
     wanted = images.flatten(1).double()
     gap = torch.cdist(wanted, found.features).min(1).values / wanted.norm(dim=1)
     assert gap.max() < (1e-9 if double else 1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "leaky_relu"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_batch_separates_by_the_spaces_of_its_hidden_layers(activation, known):
+    model = small_cnn(activation=activation, channels=(4, 6))
+    images, labels = pictures(5, seed=4), torch.tensor([4, 4, 1, 0, 4])
+    images = images + 0.3 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
+    model = model.double()
+    observation = observed(model, images.double(), labels)
+    found = separate_batch(read_layers(model, SHAPE), observation, 5, labels if known else None)
+    assert found.labels.tolist() == [0, 1, 4, 4, 4]
+    features = model.body(images.double()).detach().requires_grad_()
+    loss = nn.functional.cross_entropy(model.fc(model.head(features)), labels)
+    (by_features,) = torch.autograd.grad(loss, features)
+    far, nearest = torch.cdist(features.detach(), found.features).min(1)
+    assert sorted(nearest.tolist()) == [0, 1, 2, 3, 4]
+    assert (far / features.norm(dim=1)).max() < 1e-3
+    assert torch.allclose(found.by_features[nearest], by_features, atol=1e-3 * by_features.abs().max())
+
+
+def test_a_wrong_guess_of_labels_does_not_keep_a_batch_together():
+    torch.manual_seed(0)
+    model = MLP(SHAPE, 10, hidden=(80, 60), activation="relu")
+    images, labels = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.tensor([4, 4, 1, 0])
+    wrong = LabelGuess(torch.tensor([[1, 4, 4, 5]]), torch.ones(1))
+    (found,) = Chooser().invert([observed(model, images, labels)], [wrong], Knowledge(model, SHAPE, 10), Run())
+    assert (found.labels.tolist(), found.converged) == ([0, 1, 4, 4], True)
+    assert found.details["method"] == "features first"
+    assert torch.cdist(images.flatten(1), found.images.flatten(1)).min(1).values.max() < 1e-2
+
+
+def test_what_does_not_separate_is_none():
+    model, images, labels = small_cnn(), pictures(3), torch.tensor([1, 2, 3])
+    assert separate_batch(read_layers(model, SHAPE), observed(model, pictures(1).repeat(3, 1, 1, 1), labels), 3) is None
+    observation = observed(model, images, labels)
+    observation.update["head.0.weight"].normal_()
+    assert separate_batch(read_layers(model, SHAPE), observation, 3) is None
+    one = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    assert separate_batch(read_layers(one, SHAPE), observed(one, images, labels), 3) is None  # nothing hidden
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(256, 30, bias=False), nn.ReLU(), nn.Linear(30, 10))
+    assert separate_batch(read_layers(bare, SHAPE), observed(bare, images, labels), 3) is None
+    assert separate_batch([], observation, 3) is None
 
 
 def test_what_does_not_split_is_none():
@@ -207,7 +250,7 @@ def test_time_that_is_over_ends_the_search():
 
 
 def test_what_features_first_does_not_take_is_refused():
-    model = small_cnn(activation="sigmoid")
+    model = small_cnn(norm="batch")
     observation = observed(model, pictures(2), torch.tensor([3, 4]))
     with pytest.raises(UsageError, match=r"attack\.inversion=features .*attack=fedleak"):
         FeaturesFirst().invert([observation], [None], Knowledge(model, SHAPE, 10), Run())
