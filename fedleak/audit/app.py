@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flwr
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -175,7 +176,8 @@ def _load(reference: str, kind: type[Any]) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UsageError(
-            f"{reference}: cannot be imported ({error}); install what the app needs, or mend its name"
+            f"{reference}: cannot be imported ({error}); install what the app needs, here beside Flower "
+            f"{flwr.__version__}, or mend its name"
         ) from error
     if not isinstance(found, kind):
         raise UsageError(f"{reference}: is no {kind.__name__}; mend the app's pyproject.toml")

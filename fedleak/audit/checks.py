@@ -41,6 +41,9 @@ class Draft:
     buffers: Tensors = field(default_factory=dict)
     returned: Tensors = field(default_factory=dict)
     returned_buffers: Tensors = field(default_factory=dict)
+    before: Tensors | None = None
+    kinds: tuple[str, ...] = ()
+    steps_counted: int | None = None
     change: Tensors = field(default_factory=dict)
     payload: str = "weights"
     steps: Steps | None = None
@@ -56,7 +59,14 @@ class Draft:
 
 
 def read_draft(draft: Draft, knowledge: Knowledge, layer: LastLayer, earlier: dict[int, Tensors]) -> None:
-    """Tensors, payload, optimiser and steps of one exchange."""
+    """Tensors and payload of one exchange, and what the client seems to have kept from its last one, if any.
+
+    Args:
+        draft: of the exchange; those of a client come in the order of its rounds.
+        knowledge: the model, its images and classes.
+        layer: the model's last layer.
+        earlier: client -> its last reply, kept up to date here.
+    """
     exchange, model = draft.exchange, knowledge.model
     if exchange.masked:
         draft.why = "masked: under secure aggregation the server sees sums of several clients, not this update"
@@ -69,17 +79,27 @@ def read_draft(draft: Draft, knowledge: Knowledge, layer: LastLayer, earlier: di
     own = {name: value.detach().float() for name, value in model.named_parameters()}
     draft.start = {name: sent.parameters.get(name, own[name]) for name in own}
     draft.buffers = {n: sent.buffers.get(n, v.detach().clone()) for n, v in model.named_buffers()}
-    draft.returned_buffers = reply.buffers
+    draft.returned_buffers, draft.kinds = reply.buffers, reply.dtypes
     _tensors(draft, sent, reply, layer)
     if draft.why is None:
         _payload(draft, reply.parameters, layer)
-    if draft.why is None:
-        kept = [n for n in (draft.statement.keeps or "").split("+") if n in own]
-        _kept(draft, reply.parameters, earlier.get(exchange.client), kept)
     if draft.payload == "weights" and draft.why is None:
+        draft.before = earlier.get(exchange.client)
         earlier[exchange.client] = dict(reply.parameters)
+    draft.steps_counted = _counted(sent, reply)
+
+
+def finish_reading(draft: Draft, layer: LastLayer, kept: set[str]) -> None:
+    """Steps and optimiser of one exchange, once it is known which of its tensors its client goes on from.
+
+    Args:
+        draft: as `read_draft` left it.
+        layer: the model's last layer.
+        kept: layers that the federation's clients keep, by their updates.
+    """
     if draft.why is not None:
         return
+    _kept(draft, kept)
     if any(not torch.isfinite(value).all() for value in draft.change.values()):
         draft.why = "holds values that are not finite"
         draft.say("finite", CONTRADICTS, draft.why)
@@ -92,8 +112,8 @@ def read_draft(draft: Draft, knowledge: Knowledge, layer: LastLayer, earlier: di
         draft.why = "the last layer did not change, and labels are read from it"
         draft.say("tensors", CONSISTENT, draft.why)
         return
-    _steps(draft, sent, reply)
-    _optimiser(draft, layer, reply.dtypes)
+    _steps(draft)
+    _optimiser(draft, layer, draft.kinds)
 
 
 def _tensors(draft: Draft, sent: Fitted, reply: Fitted, layer: LastLayer) -> None:
@@ -156,23 +176,34 @@ def _payload(draft: Draft, returned: Tensors, layer: LastLayer) -> None:
     }
 
 
-def _kept(draft: Draft, returned: Tensors, before: Tensors | None, stated: Sequence[str]) -> None:
-    """Tensors that a client starts from as it left them, and not as they were sent."""
-    if before is None or draft.payload != "weights":
+def kept_layers(drafts: Sequence[Draft]) -> set[str]:
+    """Layers that most clients start from as they left them, and not as they were sent: an app keeps one in all."""
+    votes: list[set[str]] = []
+    for draft in drafts:
+        if draft.before is None or draft.why is not None:
+            continue
+        pulls = {n: _pull(draft.change[n], v - draft.start[n]) for n, v in draft.before.items() if n in draft.returned}
+        known = sorted(p for p in pulls.values() if p is not None)
+        usual = known[len(known) // 2] if known else 0.0
+        large = {n: p for n, p in pulls.items() if p is not None and draft.returned[n].numel() >= 64}
+        votes.append({n.rpartition(".")[0] for n, p in large.items() if p - usual > 0.6 and p > 0.8})
+    return {layer for vote in votes for layer in vote if 2 * sum(layer in other for other in votes) > len(votes)}
+
+
+def _kept(draft: Draft, layers: set[str]) -> None:
+    """Take the start of what a client keeps from its own last reply."""
+    if draft.before is None:
         return
-    names = [n for n in returned if n in before]
-    pulls = {n: _pull(draft.change[n], before[n] - draft.start[n]) for n in names}
-    known = sorted(p for p in pulls.values() if p is not None)
-    usual = known[len(known) // 2] if known else 0.0
-    large = {n: p for n, p in pulls.items() if p is not None and returned[n].numel() >= 64}
-    moved = {n.rpartition(".")[0] for n, p in large.items() if p - usual > 0.6 and p > 0.8}
-    found = list(stated) or [n for n in names if n.rpartition(".")[0] in moved]  # a layer's bias stays with its weight
+    stated = [n for n in (draft.statement.keeps or "").split("+") if n in draft.start]
+    seen = draft.statement.source == "seen"  # then nothing is kept that was not seen to be
+    names = [n for n in draft.returned if n in draft.before]
+    found = stated or [n for n in names if not seen and n.rpartition(".")[0] in layers]  # a bias stays with its weight
     for name in found:
-        if name in before:
-            draft.start[name] = before[name]
-            draft.change[name] = returned[name] - before[name]
+        if name in draft.before:
+            draft.start[name] = draft.before[name]
+            draft.change[name] = draft.returned[name] - draft.before[name]
     if found:
-        who = "as stated" if stated else "as the update shows"
+        who = "as stated" if stated else "as the updates show"
         draft.say("state", CONSISTENT, f"the client goes on from its own last {', '.join(found)}, {who}")
 
 
@@ -182,13 +213,16 @@ def _pull(change: Tensor, way: Tensor) -> float | None:
     return float((change.double() * way.double()).sum()) / size if size > 0 else None
 
 
-def _steps(draft: Draft, sent: Fitted, reply: Fitted) -> None:
-    """How many steps of how many samples."""
-    s, exchange = draft.statement, draft.exchange
+def _counted(sent: Fitted, reply: Fitted) -> int | None:
+    """Steps by BatchNorm's own count; None where it does not say."""
     tracked = [n for n in reply.buffers if n.endswith("num_batches_tracked") and n in sent.buffers]
-    counted = int(reply.buffers[tracked[0]]) - int(sent.buffers[tracked[0]]) if tracked else None
-    if counted is not None and counted <= 0:
-        counted = None
+    counted = int(reply.buffers[tracked[0]]) - int(sent.buffers[tracked[0]]) if tracked else 0
+    return counted if counted > 0 else None
+
+
+def _steps(draft: Draft) -> None:
+    """How many steps of how many samples."""
+    s, exchange, counted = draft.statement, draft.exchange, draft.steps_counted
     draft.steps = reconcile(
         examples=exchange.examples, batch_size=s.batch_size, steps=s.steps, epochs=s.epochs, counted=counted
     )
@@ -200,7 +234,7 @@ def _steps(draft: Draft, sent: Fitted, reply: Fitted) -> None:
         draft.say("steps", UNKNOWN, "neither the reply nor anybody says how many samples there were")
         draft.why = "how many samples are behind the update is unknown; state batch_size and steps"
         return
-    words = f"{found.local_steps} steps of {found.batch_size}"
+    words = f"{found.local_steps} step{'' if found.local_steps == 1 else 's'} of {found.batch_size}"
     words += f", {found.epochs} times over" if found.epochs not in (None, 1) else ""
     words += ", counted by BatchNorm" if counted is not None else ""
     if found.assumed:

@@ -14,7 +14,7 @@ from torch import nn
 from fedleak.attacks.base import Knowledge
 from fedleak.audit.app import read_app, run_app
 from fedleak.audit.findings import Truth, examine
-from fedleak.audit.normalisation import PLAIN, Normalization, look, with_look
+from fedleak.audit.normalisation import PLAIN, Normalization, look, told, with_look
 from fedleak.audit.preflight import Preflight, preflight, worst
 from fedleak.audit.report import EXIT_CODES, Audit, write
 from fedleak.audit.shapes import guess_normalization, infer_classes, infer_shape
@@ -223,12 +223,13 @@ def _of_app(options: Options, console: Console) -> Source:
             last[exchange.client] = by_session(session)
         statements.append(_over(last.get(exchange.client, Statement()), stated))
     truths = {m: Truth(*_truth(session, mean, std)) for m, session in seen.items() if len(session.truth[1])}
+    size = "×".join(map(str, shape))
     facts = {
         "app": str(options.target),
         "capture": str(folder),
         "model": type(model).__name__,
         "clients train": _told(statements[0]),
-        "images": f"{shape}, normalised by {mean}/{std}" if (mean, std) != PLAIN else f"{shape}",
+        "images": f"{size}, normalised by {told((mean, std))}" if (mean, std) != PLAIN else size,
     }
     return Source(app.name, exchanges, statements, knowledge, truths, facts, model, (mean, std), seen=True)
 

@@ -21,6 +21,7 @@ from fedleak.audit.lattice import reach_of
 from fedleak.audit.leaks import Leaks, leaks
 from fedleak.audit.leaks import as_json as leaks_json
 from fedleak.audit.preflight import CONTRADICTS, UNKNOWN, Preflight
+from fedleak.audit.rounds import Reading, combined
 from fedleak.capture import Observation
 from fedleak.evaluation.matching import assign
 from fedleak.evaluation.metrics import label_accuracy, mse
@@ -134,6 +135,7 @@ def examine(
         findings.append(finding)
         if on_done is not None:
             on_done(place + 1)
+    findings = _over_rounds(findings)
     if seconds is None or seconds > 0:
         findings = _images(findings, knowledge, seed, device, seconds)
     findings = _leaking(findings, knowledge, seed, LIMITS if seconds is None or seconds > 0 else 0)
@@ -153,14 +155,34 @@ def _labels(preflight: Preflight, knowledge: Knowledge, errors: dict[object, flo
         verdict = NOT_SHOWN if empty else INCONCLUSIVE if unknown else NOT_ATTACKABLE
         return Finding(preflight, verdict, preflight.why or "there is no update")
     counts, error, noisy = _counts(preflight, observation, knowledge, errors, seed)
-    total = sum(counts)
-    accuracy = max(0.0, 1 - 0.4 * error * knowledge.classes / total)  # E|e| = .8 rms, and each error counts twice
-    even = total / knowledge.classes
+    return _read(preflight, tuple(counts), error, -1 if noisy else 1)
+
+
+def _read(preflight: Preflight, counts: tuple[int, ...], error: float, regressed: int = 1) -> Finding:
+    """The finding of class counts that may be off by `error`."""
+    total, classes = sum(counts), len(counts)
+    accuracy = max(0.0, 1 - 0.4 * error * classes / total)  # E|e| = .8 rms, and each error counts twice
+    even = total / classes
     # A regression's counts lie nearer to an even guess than the true ones, by its error; noisy ones further away.
-    away = sum((count - even) ** 2 for count in counts) / knowledge.classes + (-1 if noisy else 1) * error**2
-    guess = max(0.0, 1 - 0.4 * max(away, 0.0) ** 0.5 * knowledge.classes / total)
-    finding = Finding(preflight, NOT_SHOWN, "", tuple(counts), error, accuracy, guess)
-    return _judge(finding)
+    away = sum((count - even) ** 2 for count in counts) / classes + regressed * error**2
+    guess = max(0.0, 1 - 0.4 * max(away, 0.0) ** 0.5 * classes / total)
+    return _judge(Finding(preflight, NOT_SHOWN, "", counts, error, accuracy, guess))
+
+
+def _over_rounds(findings: list[Finding]) -> list[Finding]:
+    """What a client tells in several rounds taken together, where these are of the same samples."""
+    found = list(findings)
+    for client in {f.preflight.exchange.client for f in findings}:
+        places = [i for i, f in enumerate(findings) if f.preflight.exchange.client == client and f.error > 0]
+        whole = [i for i in places if findings[i].preflight.exchange.examples == sum(findings[i].counts)]
+        both = combined([Reading(findings[i].counts, findings[i].error) for i in whole])
+        if both is None:
+            continue
+        for i in whole:
+            better = _read(findings[i].preflight, both.counts, both.error, -1)
+            note = f"read from the client's {len(whole)} rounds together: they are of the same samples"
+            found[i] = replace(better, notes=(*findings[i].notes, note))
+    return found
 
 
 def _counts(

@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 
 from fedleak.attacks.base import Knowledge
 from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer
-from fedleak.audit.checks import CONSISTENT, CONTRADICTS, UNKNOWN, Check, Draft, read_draft
+from fedleak.audit.checks import CONSISTENT, CONTRADICTS, UNKNOWN, Check, Draft, finish_reading, kept_layers, read_draft
 from fedleak.audit.scale import CLIP_KEYS, Claimed, common_norm, find_scale
 from fedleak.audit.statement import Statement
 from fedleak.audit.wire import Exchange
 from fedleak.capture import Observation
 from fedleak.training import SGD, LocalTraining, Tensors
+
+SHARE = 0.25
+"""Of a federation's updates: where what is stated cannot be true of so many, it is not believed of the others."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Preflight:
         """The worst of the checks: a contradiction, then what is unknown."""
         found = {check.verdict for check in self.checks}
         return CONTRADICTS if CONTRADICTS in found else UNKNOWN if UNKNOWN in found else CONSISTENT
+
+    def check(self, name: str) -> str | None:
+        """The verdict of the check of that name; None if it was not made."""
+        return next((check.verdict for check in self.checks if check.name == name), None)
 
     @property
     def counts(self) -> tuple[int, ...] | None:
@@ -79,9 +86,28 @@ def preflight(
         draft = Draft(exchange, statement)
         read_draft(draft, knowledge, layer, earlier)
         drafts.append(draft)
+    kept = kept_layers(drafts)
+    for draft in drafts:
+        finish_reading(draft, layer, kept)
     clip = common_norm(drafts)
     errors: dict[object, float] = {}
-    return [_finish(draft, knowledge, layer, clip, errors, seed) for draft in drafts]
+    return _shared([_finish(draft, knowledge, layer, clip, errors, seed) for draft in drafts], statements)
+
+
+def _shared(found: list[Preflight], statements: Sequence[Statement]) -> list[Preflight]:
+    """What is stated of a whole federation and cannot be true of a part of it is not to be believed of the rest."""
+    stated = [i for i, s in enumerate(statements) if s.source != "seen"]
+    for statement in dict.fromkeys(statements[i] for i in stated):
+        group = [i for i in stated if statements[i] == statement and found[i].check("scale") is not None]
+        against = [i for i in group if found[i].check("scale") == CONTRADICTS]
+        if len(against) < max(1, SHARE * len(group)):
+            continue
+        one = found[against[0]].exchange
+        words = f"the same was stated of {len(against)} updates that it cannot be true of, such as node {one.node}'s"
+        for i in set(group) - set(against):
+            rest = tuple(c for c in found[i].checks if c.name != "scale")
+            found[i] = replace(found[i], checks=(*rest, Check("scale", CONTRADICTS, words)))
+    return found
 
 
 def _finish(
