@@ -83,7 +83,7 @@ class Layer(ABC):
         return {}
 
     def tangent_of_weights(self, moved: Rows) -> Tensor | None:
-        """Derivatives of the outputs ``[P, 1, ...]`` along name -> ``[P, ...]`` of the weights; before `tangent`."""
+        """Derivatives of the outputs ``[P, K, ...]`` along name -> ``[P, K, ...]`` of the weights; before `tangent`."""
         return None
 
     def tangent_back_of_weights(self, moved: Rows) -> Tensor | None:

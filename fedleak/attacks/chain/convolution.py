@@ -149,15 +149,20 @@ class Convolution(Layer):
         return found
 
     def tangent_of_weights(self, moved: Rows) -> Tensor | None:
-        """``[P, 1, O, H', W']``."""
-        t = moved[self.weight].flatten(2) @ self.patches
-        t = t if self.bias is None else t + moved[self.bias][:, :, None]
-        result: Tensor = t[:, None].unflatten(3, self.size)
+        """``[P, K, O, H', W']``."""
+        t = moved[self.weight].flatten(3).flatten(1, 2) @ self.patches
+        t = t.unflatten(1, (-1, self.channels))
+        t = t if self.bias is None else t + moved[self.bias][..., None]
+        result: Tensor = t.unflatten(3, self.size)
         return result
 
     def tangent_back_of_weights(self, moved: Rows) -> Tensor | None:
-        """``[P, 1, C, H, W]``."""
-        return None if self.first else self._unpatch(moved[self.weight].flatten(2).mT @ self.delta)[:, None]
+        """``[P, K, C, H, W]``."""
+        if self.first:
+            return None
+        weight = moved[self.weight].flatten(3)
+        back: Tensor = self._unpatch((weight.mT @ self.delta[:, None]).flatten(0, 1)).unflatten(0, weight.shape[:2])
+        return back
 
     def pull_weights(self, by_delta: Tensor | None, by_output: Tensor) -> Rows:
         """Kernel ``[P, O, C·kh·kw]`` and bias ``[P, O]``; of a single sample a problem."""

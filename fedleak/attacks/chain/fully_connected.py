@@ -141,13 +141,13 @@ class FullyConnected(Layer):
         return found
 
     def tangent_of_weights(self, moved: Rows) -> Tensor | None:
-        """``[P, 1, n_out]``."""
-        t = self.a @ moved[self.weight].mT
-        return t if self.bias is None else t + moved[self.bias][:, None]
+        """``[P, K, n_out]``."""
+        t = (moved[self.weight] @ self.a[..., None])[..., 0]
+        return t if self.bias is None else t + moved[self.bias]
 
     def tangent_back_of_weights(self, moved: Rows) -> Tensor | None:
-        """``[P, 1, n_in]``."""
-        return None if self.first else self.delta @ moved[self.weight]
+        """``[P, K, n_in]``."""
+        return None if self.first else (self.delta[:, :, None] @ moved[self.weight])[:, :, 0]
 
     def pull_weights(self, by_delta: Tensor | None, by_output: Tensor) -> Rows:
         """Weight ``[P, n_out, n_in]`` and bias ``[P, n_out]``."""

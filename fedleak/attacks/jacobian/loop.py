@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 from torch.utils import _pytree as pytree
 
 from fedleak.attacks.chain.base import Dense, Factored, Layer, Rows
@@ -22,8 +22,10 @@ from fedleak.attacks.jacobian.chain import ChainModel
 from fedleak.attacks.problem import Target
 from fedleak.training import SGD, LocalTraining, Tensors
 
-_TWINS = 64
-"""Directions that are pushed at once."""
+_NUMBERS = 2**22
+"""Numbers in the tangents that are swept at once."""
+_EXACT = 8000
+"""Unknowns up to which a preconditioner's derivatives are exact too: for more they would cost more than they save."""
 
 
 @dataclass
@@ -53,8 +55,8 @@ class _Step:
 class LoopModel:
     """P problems of one network, trained alike over several local steps; see `UpdateModel`.
 
-    All of it is exact in float64. In float32, which only preconditions, `jacobian` leaves out that a step moves the
-    gradients of later ones: then it costs no more than that of as many single steps.
+    All of it is exact in float64. In float32, which only preconditions, `jacobian` of many unknowns leaves out that a
+    step moves the gradients of later ones: then it costs no more than that of as many single steps.
 
     Args:
         layers: from `read_layers`; they are copied, since they keep state.
@@ -121,8 +123,8 @@ class LoopModel:
         return _Step(chosen, layers, rows, probabilities, [], [], state, weights, gradient)
 
     def _summed(self, value: Tensor) -> Tensor:
-        """Over a problem's samples: ``[P, n]``."""
-        total: Tensor = value.flatten(1).unflatten(0, (-1, self.size)).sum(1)
+        """Over a problem's samples, ``[S, ...]`` to ``[P, ...]``."""
+        total: Tensor = value.unflatten(0, (-1, self.size)).sum(1) if self.size > 1 else value
         return total
 
     def _advance(self, state: Any, weights: Tensors, gradient: Tensors) -> tuple[Any, Tensors]:
@@ -153,45 +155,46 @@ class LoopModel:
     @torch.no_grad()
     def push(self, directions: Tensor) -> Rows:
         """Derivatives of the updates, name -> ``[P, n]``, along directions ``[P, B, C, H, W]`` of the images."""
-        directions = directions.to(self.dtype)
-        total: Tensors = {n: torch.zeros_like(v) for n, v in self.start.items()}
-        moved: Tensors | None = None
-        state = None if not self.steps else _zeros(self.steps[0].state)
-        for step in self.steps:
-            along = self._gradient_along(step, directions[:, step.chosen], moved)
-            total = {n: v + along[n] for n, v in total.items()}
-            if step.outputs:
-                still = {n: torch.zeros_like(v) for n, v in self.start.items()} if moved is None else moved
-                state, moved = self._advance_along(step, state, still, along)
-        end = total if self.training.payload == "gradient" or moved is None else moved
-        return {n: self.factor * v.flatten(1) for n, v in end.items()}
+        return {n: v[:, 0] for n, v in self._along(directions.to(self.dtype)[:, :, None]).items()}
 
-    def _gradient_along(self, step: _Step, directions: Tensor, moved: Tensors | None) -> Tensors:
-        """The derivative of a step's gradient along directions of its images and of its weights."""
-        each = None
-        if moved is not None:
-            each = {n: v.repeat_interleave(self.size, 0) if self.size > 1 else v for n, v in moved.items()}
-        t = directions.flatten(0, 1)[:, None]
+    def _along(self, directions: Tensor, first: int = 0) -> Rows:
+        """The same along K directions at once, ``[P, B, K, C, H, W]``, zero before step `first`: ``[P, K, n]``."""
+        count = directions.shape[2]
+        still = {n: v.new_zeros(len(v), count, *v.shape[1:]) for n, v in self.start.items()}
+        total, moved, state = still, still, None
+        for step in self.steps[first:]:
+            along = self._gradient_along(step, directions[:, step.chosen].flatten(0, 1), moved)
+            if self.training.payload == "gradient":
+                total = {n: v + along[n] for n, v in total.items()}
+            if step.outputs:
+                state = _still(step.state, count) if state is None else state
+                state, moved = self._advance_along(step, state, moved, along)
+        end = total if self.training.payload == "gradient" else moved
+        return {n: self.factor * v.flatten(2) for n, v in end.items()}
+
+    def _gradient_along(self, step: _Step, t: Tensor, moved: Tensors) -> Tensors:
+        """The derivative ``[P, K, ...]`` of a step's gradient along `t` ``[S, K, ...]`` of its images and weights."""
+        each = {n: v.repeat_interleave(self.size, 0) if self.size > 1 else v for n, v in moved.items()}
         for layer in step.layers:
-            extra = None if each is None else layer.tangent_of_weights(each)
+            extra = layer.tangent_of_weights(each)
             t = layer.tangent(step.rows, t)
             t = t if extra is None else t + extra
         p = step.probabilities
         back: Tensor | None = p * (t - (t * p).sum(2, keepdim=True)) / self.size
         for layer in reversed(step.layers):
             if back is not None:
-                extra = None if each is None else layer.tangent_back_of_weights(each)
+                extra = layer.tangent_back_of_weights(each)
                 back = layer.tangent_back(step.rows, back)
                 back = back + extra if back is not None and extra is not None else back
         found: Tensors = {}
         for layer in step.layers:
             for name, block in layer.columns().items():
                 values = dense(block) if isinstance(block, Factored) else block.values
-                found[name] = self._summed(values[:, 0]).view(-1, *self.shapes[name])
+                found[name] = self._summed(values).unflatten(2, self.shapes[name])
         return found
 
     def _advance_along(self, step: _Step, state: Any, weights: Tensors, gradient: Tensors) -> tuple[Any, Tensors]:
-        """The derivative of the optimiser's step along what moves."""
+        """The derivative of the optimiser's step along what moves, ``[P, K, ...]``."""
         if isinstance(self.training.optimizer, SGD) and not self.training.proximal:  # linear
             return self.training.optimizer.step(state, weights, gradient)
         leaves, spec = pytree.tree_flatten((step.state, step.weights, step.gradient))
@@ -207,7 +210,11 @@ class LoopModel:
             shape[:] = [out, out_spec]
             return tuple(v for v in out if isinstance(v, Tensor))
 
-        along = jvp(run, tuple(leaves[i] for i in places), tuple(moves[i] for i in places))[1]
+        def one(*moves: Tensor) -> tuple[Tensor, ...]:
+            along: tuple[Tensor, ...] = jvp(run, tuple(leaves[i] for i in places), moves)[1]
+            return along
+
+        along = vmap(one, in_dims=1, out_dims=1)(*(moves[i] for i in places))
         out, out_spec = shape
         rest = iter(along)
         after: tuple[Any, Tensors] = pytree.tree_unflatten(
@@ -280,7 +287,7 @@ class LoopModel:
     @torch.no_grad()
     def jacobians(self, basis: Tensor) -> Iterator[Jacobian]:
         """The same, one sample of every problem at a time, so that memory is bounded."""
-        if self.dtype == torch.float64:
+        if self.dtype == torch.float64 or self.batch * len(basis) <= _EXACT:
             yield from self._exactly(basis.to(self.dtype))
             return
         leads = self._leads()
@@ -298,25 +305,23 @@ class LoopModel:
             yield Jacobian(total)
 
     def _exactly(self, basis: Tensor) -> Iterator[Jacobian]:
-        """By `push`, some directions at a time as if they were problems."""
-        twins, few = [], min(len(basis), _TWINS)
-        for place in range(len(self.images)):
-            twin = copy.copy(self)
-            twin.start = {n: v[place].expand(few, *v.shape[1:]).clone() for n, v in self.start.items()}
-            twin.at(*(v[place : place + 1].expand(few, *v.shape[1:]) for v in (self.images, self.labels)))
-            twins.append(twin)
+        """By `push`, along some directions at once."""
+        few = max(8, _NUMBERS // (self._widest() * len(self.images) * self.size))
         for sample in range(self.batch):
-            each: dict[str, list[Tensor]] = {n: [] for n in self.start}
-            for twin in twins:
-                parts: dict[str, list[Tensor]] = {n: [] for n in self.start}
-                for some in basis.split(few):
-                    directions = torch.zeros(few, *self.images.shape[1:], dtype=self.dtype, device=self.device)
-                    directions[: len(some), sample] = some
-                    for name, value in twin.push(directions).items():
-                        parts[name].append(value[: len(some)])
-                for name, values in parts.items():
-                    each[name].append(torch.cat(values))
-            yield Jacobian({n: Dense(torch.stack(values)[:, None]) for n, values in each.items()})
+            parts: dict[str, list[Tensor]] = {n: [] for n in self.start}
+            for some in basis.split(few):
+                directions = basis.new_zeros(*self.images.shape[:2], len(some), *some.shape[1:])
+                directions[:, sample] = some
+                for name, value in self._along(directions, sample // self.size).items():
+                    parts[name].append(value)
+            yield Jacobian({n: Dense(torch.cat(values, 1)[:, None]) for n, values in parts.items()})
+
+    def _widest(self) -> int:
+        """Numbers of one tangent at its widest: patches of a convolution's input, or the weights."""
+        found = [getattr(layer, "patches", None) for layer in self.steps[0].layers]
+        patches: list[int] = [value.numel() // len(value) for value in found if isinstance(value, Tensor)]
+        weights: int = sum(shape.numel() for shape in self.shapes.values())
+        return max([weights, *patches])
 
     def _leads(self) -> list[dict[str, Tensor]]:
         """Of every step, how far each element of its gradient moves what is sent, were later gradients not to change:
@@ -356,5 +361,10 @@ def _times(block: Dense | Factored, factor: Tensor) -> Dense | Factored:
     )
 
 
-def _zeros(state: Any) -> Any:
-    return pytree.tree_map(lambda v: torch.zeros_like(v) if isinstance(v, Tensor) else v, state)
+def _still(state: Any, count: int) -> Any:
+    """An optimiser's state that moves in none of so many directions, ``[P, K, ...]``."""
+
+    def zeros(value: Any) -> Any:
+        return value.new_zeros(len(value), count, *value.shape[1:]) if isinstance(value, Tensor) else value
+
+    return pytree.tree_map(zeros, state)

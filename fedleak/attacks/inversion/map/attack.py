@@ -14,6 +14,8 @@ from torch.nn.functional import one_hot
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.image_prior import ImagePrior, natural_prior, prior_of_images
 from fedleak.attacks.inversion.map.features import images_from_features
+from fedleak.attacks.inversion.map.order import in_order
+from fedleak.attacks.inversion.map.solution import Solution, reconstruction
 from fedleak.attacks.inversion.map.solver import GaussNewton, Settings, State
 from fedleak.attacks.inversion.map.verdict import calibrated, drowned, expected, noise_level, reason_of
 from fedleak.attacks.inversion.peeling.peeling import closed_form
@@ -31,6 +33,10 @@ _TEMPER = 1.5
 """Of the prior on the way: detail that is free too early leads into dead ends."""
 _TOGETHER = 2**28
 """Bytes of derivatives in float32 that are held at once; more problems together are no faster on a CPU."""
+_PATIENCE = (100, 200)
+"""Of the solver, where derivatives go through a loop: the problem is less linear, and old ones serve less long."""
+_EACH_STEP = 3
+"""Times as long as an update of one step that one of several may take for each of them."""
 _LEAST_SECONDS = 30.0
 """Of a call, whatever an update may take."""
 _QUICK = 2000
@@ -46,16 +52,17 @@ class MAP(Inversion):
     rank of the last layer's gradient, or is left over, white, by every start.
 
     Labels must be known or inferred; of several candidates the one that explains the update best is kept. An update of
-    several local steps is differentiated through the client's own loop, in the order of the labels given.
+    several local steps is differentiated through the client's own loop, in the order of the labels given; where they
+    rise, they are in none, and which of them belong to which step is sought first, see `order`.
 
     Args:
         restarts: starts of each update, at most; another one follows where one ended in a dead end.
         max_steps: Gauss-Newton steps of a start.
         candidates: label multisets of a guess to try.
         prior: ``auto`` takes auxiliary images where they are granted, ``natural`` a spectrum of natural images.
-        seconds: how long an update may take, about, on average of a call, which may take 30 seconds in any case; None
-            for as long as it needs. When time is short every update is sought coarsely, then the most promising to the
-            end.
+        seconds: how long an update may take, about, on average of a call, which may take 30 seconds in any case; three
+            times that for each local step of a client that takes several. None for as long as it needs. When time is
+            short every update is sought coarsely, then the most promising to the end.
 
     References:
         Bakushinskii 1992 (iteratively regularised Gauss-Newton); Tarantola 2005 (linearised posteriors).
@@ -100,21 +107,22 @@ class MAP(Inversion):
             if problem.labels is None:
                 raise UsageError("attack.inversion=map needs labels; choose another attack/labels than joint")
         prior = image_prior(knowledge, self.prior).to(run.device)
-        solutions: dict[int, dict[int, _Solution]] = {index: {} for index in range(len(observations))}
+        solutions: dict[int, dict[int, Solution]] = {index: {} for index in range(len(observations))}
         wanted = Counter(problem.index for problem in problems)
         results: dict[int, Reconstruction] = {}
 
         def finish(index: int) -> None:
             found = [solution for _, solution in sorted(solutions[index].items())]
-            results[index] = _reconstruction(observations[index], found, knowledge)
+            results[index] = reconstruction(observations[index], found, knowledge)
             if run.on_result is not None:
                 run.on_result(index, results[index])
 
         for index in set(solutions) - set(wanted):
             finish(index)
+        problems = [in_order(problem, self.candidates, knowledge, prior, run) for problem in problems]
         firsts = closed_form(observations, guesses, knowledge, run.device)
         problems = [replace(p, start=_usable(p, firsts[p.index], knowledge)) for p in problems]
-        work = _Work(self, knowledge, prior, run, len(problems))
+        work = _Work(self, knowledge, prior, run, problems)
         problems = [work.begun(problem, observations[problem.index]) for problem in problems]
         groups = _groups(problems, prior, knowledge)
         if work.seconds is not None:
@@ -145,7 +153,7 @@ _PRIORS: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ImagePrior]] = {}
 
 @dataclass(frozen=True)
 class _Answer:
-    """What P problems of one start came to; see `_Solution`."""
+    """What P problems of one start came to; see `Solution`."""
 
     images: Tensor
     expected: Tensor
@@ -155,36 +163,20 @@ class _Answer:
     evaluations: Tensor
 
 
-@dataclass
-class _Solution:
-    """The best that was found for one problem."""
-
-    images: Tensor
-    labels: Tensor
-    misfit: float = float("inf")
-    reason: StopReason = StopReason.DIVERGED
-    expected: Tensor | None = None
-    noise: float = float("nan")
-    left: float = 1.0
-    evaluations: int = 0
-    seconds: float = 0.0
-    starts: int = 0
-    start: int = 0
-    candidate: int = 0
-    trace: list[tuple[int, float]] | None = None
-    snapshots: list[tuple[int, Tensor]] | None = None
-
-
 class _Work:
     """The problems of one call."""
 
-    def __init__(self, attack: MAP, knowledge: Knowledge, prior: ImagePrior, run: Run, count: int) -> None:
-        self.attack, self.knowledge, self.prior, self.run, self.count = attack, knowledge, prior, run, count
+    def __init__(
+        self, attack: MAP, knowledge: Knowledge, prior: ImagePrior, run: Run, problems: Sequence[Problem]
+    ) -> None:
+        self.attack, self.knowledge, self.prior, self.run, self.count = attack, knowledge, prior, run, len(problems)
+        steps = [problem.targets[0].training.steps or 1 for problem in problems]
+        effort = sum(1 if count == 1 else _EACH_STEP * count for count in steps)
         self.began = time.perf_counter()
-        self.done: list[_Solution] = []
-        self.coarse: dict[tuple[int, int, int], _Solution] = {}
+        self.done: list[Solution] = []
+        self.coarse: dict[tuple[int, int, int], Solution] = {}
         self.evaluations = 0
-        own = None if attack.seconds is None else max(_LEAST_SECONDS, count * attack.seconds)
+        own = None if attack.seconds is None else max(_LEAST_SECONDS, effort * attack.seconds)
         self.seconds = min((v for v in (own, run.seconds) if v is not None), default=None)
 
     def late(self) -> bool:
@@ -215,10 +207,10 @@ class _Work:
             promise.append((min(solution.left for solution in found), started))
         return [group for _, group in sorted(promise, key=lambda pair: pair[0])]
 
-    def solve(self, problems: list[Problem]) -> list[_Solution]:
+    def solve(self, problems: list[Problem]) -> list[Solution]:
         """Solutions of problems of equal size, each after as many starts as it takes."""
         shape = (problems[0].samples, *self.knowledge.image_shape)
-        nothing = [_Solution(torch.full(shape, 0.5), _labels(problem, 0)) for problem in problems]
+        nothing = [Solution(torch.full(shape, 0.5), _labels(problem, 0)) for problem in problems]
         best = [self.coarse.get(p.key, none) for p, none in zip(problems, nothing, strict=True)]
         if not _finite(problems[0]):  # and so all of them, see `_groups`
             return best
@@ -247,7 +239,7 @@ class _Work:
 
     def _start(
         self, problems: list[Problem], noises: list[Noise], attempt: int, last: int | None = None
-    ) -> list[_Solution]:
+    ) -> list[Solution]:
         """One start of each problem, all together; of the first `last` coordinates only, where that is given."""
         began = time.perf_counter()
         device, prior = torch.device(self.run.device), self.prior
@@ -271,7 +263,7 @@ class _Work:
         spent = state.evaluations + answer.evaluations
         self.evaluations += int(spent.sum())
         return [
-            _Solution(
+            Solution(
                 answer.images[i].cpu(),
                 labels[i],
                 misfit=float(answer.misfit[i]),
@@ -300,7 +292,10 @@ class _Work:
             for dtype in (torch.float64, torch.float32)
         )
         hot = one_hot(labels.to(device), self.knowledge.classes).double()
-        return GaussNewton(exact, rough, observed, _stack(noises, device), hot, prior, self.attack.settings)
+        settings = self.attack.settings
+        if not targets[0].training.single:
+            settings = replace(settings, patience=_PATIENCE, draws=2)
+        return GaussNewton(exact, rough, observed, _stack(noises, device), hot, prior, settings)
 
     def _judged(self, solver: GaussNewton, state: State, noises: list[Noise], last: int | None) -> _Answer:
         """The answer under the prior as it is and noise as large as it turned out, and what it is worth.
@@ -410,39 +405,3 @@ def _few(rows: list[tuple[int, Tensor]], most: int = 8) -> list[tuple[int, Tenso
     if len(rows) <= most:
         return rows
     return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
-
-
-def _reconstruction(observation: Observation, found: list[_Solution], knowledge: Knowledge) -> Reconstruction:
-    """What became of an observation; its samples side by side where each had its own gradient."""
-    if not found:
-        size = observation.training.samples or 1
-        images, labels = torch.full((size, *knowledge.image_shape), 0.5), torch.zeros(size, dtype=torch.int64)
-        reason = observation.error or "empty"
-        return Reconstruction(
-            observation.round, observation.client, images, labels, float("nan"), 0, 0.0, reason, restarts=0
-        )
-    worst = max(found, key=lambda s: (s.reason != StopReason.CONVERGED, s.misfit))
-    expected = torch.cat(
-        [s.expected if s.expected is not None else torch.full((len(s.labels),), torch.nan) for s in found]
-    )
-    one = found[0] if len(found) == 1 else replace(found[0], trace=None, snapshots=None)
-    return Reconstruction(
-        observation.round,
-        observation.client,
-        torch.cat([s.images for s in found]),
-        torch.cat([s.labels for s in found]),
-        sum(s.misfit for s in found) / len(found),
-        sum(s.evaluations for s in found),
-        sum(s.seconds for s in found),
-        worst.reason,
-        restarts=max(s.starts for s in found),
-        trace=one.trace or [],
-        snapshots=one.snapshots or [],
-        details={
-            "method": "map",
-            "expected_mse": [float(f"{v:.4g}") for v in expected.tolist()],
-            "noise_std": float(f"{max(s.noise for s in found):.4g}"),
-            "start": one.start,
-            "candidate": one.candidate,
-        },
-    )

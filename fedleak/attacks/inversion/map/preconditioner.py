@@ -8,7 +8,7 @@ from torch import Tensor
 from fedleak.attacks.chain.base import Rows
 from fedleak.attacks.jacobian.base import UpdateModel
 
-_WHOLE = 3500
+_WHOLE = 4000
 """Unknowns up to which the whole normal matrix is taken at once."""
 _MOST = 14000
 """Unknowns up to which it is taken where that is worth its price: 800 MB."""

@@ -40,6 +40,7 @@ class Settings:
         forcing: conjugate gradients stop at this relative residual.
         patience: steps of conjugate gradients with an old preconditioner, and with a new one.
         last_patience: with an old one at the noise, where a new one serves the posterior too.
+        draws: from the posterior, of which the expected errors are made.
     """
 
     stages: Sequence[int] = (100, 300)
@@ -50,6 +51,7 @@ class Settings:
     forcing: float = 0.03
     patience: tuple[int, int] = (250, 150)
     last_patience: int = 40
+    draws: int = 6
 
 
 @dataclass

@@ -18,7 +18,6 @@ EXPLAINED = 3.0
 """The misfit up to which the images explain the update: 1 is what noise alone leaves."""
 _LARGE = 200
 """Elements from which a tensor's residual tells the size of its own noise."""
-_DRAWS = 6
 _DROWNED = 0.3
 """Share of noise in the last layer's gradient from which it is asked whether there is anything else."""
 
@@ -38,7 +37,7 @@ def expected(solver: GaussNewton, state: State, rounding: Rows, prior: ImagePrio
     if int(solver.count.max()) < unknowns:
         left = torch.stack([_posterior(solver, state, place) for place in range(len(state.z))])
         return (left * solver.prior.variance[:width]).sum(2) / size + rest, unknowns - left.sum((1, 2))
-    moves = list(solver.draws(state, _DRAWS, seed=1))
+    moves = list(solver.draws(state, solver.settings.draws, seed=1))
     drawn = torch.stack([(move @ root).square().mean(2) for move in moves]).mean(0)
     followed = (solver.estimate(state, rounding) @ root).square().mean(2) * state.misfit.clamp(max=1)[:, None]
     left = torch.stack([move.square().sum((1, 2)) for move in moves]).mean(0)
