@@ -14,13 +14,16 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from fedleak.attacks.chain.base import Factored, Rows
 from fedleak.attacks.image_prior import ImagePrior
+from fedleak.attacks.jacobian.base import Jacobian, add_gram, dense
 from fedleak.attacks.jacobian.models import update_model
 from fedleak.attacks.noise import Noise
 from fedleak.attacks.problem import Target
@@ -73,7 +76,7 @@ def limit(
     exact = update_model(model, [target], prior.image_shape, dtype=torch.float64)
     exact.at(images[None].double(), one_hot(labels, logits).double()[None])
     precision = {name: value[None] for name, value in noise.precision().items()}
-    total: Tensor = exact.jacobian(prior.basis(0, width)).gram(precision)[0]
+    total = _information(exact.jacobians(prior.basis(0, width)), precision, batch * width)
     total.diagonal().add_(1)
     factor = torch.linalg.cholesky(total)
     covariance = _inverse_diagonal(factor, width).view(batch, width)
@@ -81,6 +84,29 @@ def limit(
     # The coordinates are eigenvectors, so that pixels' squared errors add up along them.
     mse = ((covariance * prior.variance[:width]).sum(1) + rest) / size
     return Limit(mse, float(factor.diagonal().log2().sum()), width)
+
+
+def _information(samples: Iterator[Jacobian], precision: Rows, unknowns: int) -> Tensor:
+    """Jᵀ R⁻¹ J, ``[D, D]``, of derivatives by some samples each: what is dense is held once, weighed as it comes."""
+    factors: list[Jacobian] = []
+    rows: Tensor | None = None
+    done = 0
+    for jacobian in samples:
+        inner = {n: b for n, b in jacobian.blocks.items() if isinstance(b, Factored) and precision[n].dim() == 1}
+        factors.append(Jacobian(inner))
+        parts = {n: dense(b)[0].flatten(0, 1) for n, b in jacobian.blocks.items() if n not in inner}
+        numbers = sum(part.shape[1] for part in parts.values())
+        if rows is None:
+            rows = next(iter(precision.values())).new_empty(1, unknowns, numbers)
+        first = 0
+        for name, part in parts.items():
+            root = precision[name][0].sqrt().to(part)
+            torch.mul(part, root, out=rows[0, done : done + len(part), first : first + part.shape[1]])
+            first += part.shape[1]
+        done += len(part)
+    assert rows is not None
+    total = Jacobian.join(factors).gram(precision) if factors[0].blocks else None
+    return add_gram(rows, total)[0]
 
 
 def _inverse_diagonal(factor: Tensor, width: int) -> Tensor:

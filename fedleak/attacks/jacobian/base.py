@@ -70,7 +70,7 @@ class Jacobian:
             values = dense(block)
             root = weight.sqrt().to(values)
             values = values * (root[:, None, None, None] if root.dim() == 1 else root[:, None, None])
-            total = _add_gram(values.flatten(1, 2), total)
+            total = add_gram(values.flatten(1, 2), total)
         assert total is not None
         return total
 
@@ -156,7 +156,7 @@ def _gram_of_factors(block: Factored) -> Tensor:
     """⟨ṙ_i h_iᵀ + r_i ḣ_iᵀ, ṙ_j h_jᵀ + r_j ḣ_jᵀ⟩ for all samples and coordinates, ``[P, D, D]``."""
     k = block.delta_dot.shape[2]
     inputs, deltas = block.inputs_dot.flatten(1, 2), block.delta_dot.flatten(1, 2)
-    total: Tensor = _add_gram(inputs, None).unflatten(2, (-1, k)).unflatten(1, (-1, k))  # [P, B, K, B, K]
+    total: Tensor = add_gram(inputs, None).unflatten(2, (-1, k)).unflatten(1, (-1, k))  # [P, B, K, B, K]
     total *= (block.delta @ block.delta.mT)[:, :, None, :, None]
     total += (deltas @ deltas.mT).view_as(total) * (block.inputs @ block.inputs.mT)[:, :, None, :, None]
     cross = (block.delta_dot @ block.delta.mT[:, None])[..., None]  # ṙ_i·r_j: [P, B, K, B, 1]
@@ -165,7 +165,7 @@ def _gram_of_factors(block: Factored) -> Tensor:
     return total.flatten(3).flatten(1, 2) + mixed + mixed.mT
 
 
-def _add_gram(rows: Tensor, total: Tensor | None) -> Tensor:
+def add_gram(rows: Tensor, total: Tensor | None) -> Tensor:
     """``total`` + rows rowsᵀ, ``[P, D, D]`` of rows ``[P, D, n]``; half of the products are mirrored."""
     count = rows.shape[1]
     if count <= _TILE:
