@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedleak.console import Console
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
 from fedleak.evaluation.judge import Attacked, Judgement, judge
+from fedleak.executor import attack_on_ray
 from fedleak.facts import describe, facts
 from fedleak.federation.checkpoint import FILE, Checkpoint
 from fedleak.federation.client import make_client_app
@@ -167,7 +169,8 @@ def attack_captures(setup: Setup, run_dir: Path, attack: Attack, console: Consol
     name = f"adaptive {attack.name}" if attack.adaptive else attack.name
     console.headline(f"attack {name} on {len(observations)} updates of {run_dir}, on {setup.torch_device}")
     with console.attack(name, len(observations)) as on_progress:
-        reconstructions = attack(
+        solve = attack if setup.attack.executor == "local" else partial(attack_on_ray, attack)
+        reconstructions = solve(
             observations,
             knowledge,
             device=setup.torch_device,
@@ -210,6 +213,6 @@ def attacker_knowledge(setup: Setup, store: CaptureStore) -> Knowledge:
 
 def _key(setup: Setup) -> str:
     """A short name for everything that decides the reconstructions; which victims are attacked is not part of it."""
-    attack = replace(setup.attack, name="", every="auto", clients="all")
+    attack = replace(setup.attack, name="", every="auto", clients="all", executor="local")
     decides = [attack, setup.threat, setup.model, setup.adversary, setup.seed, setup.torch_device.type, __version__]
     return f"{setup.attack.name}-{hashlib.sha256(repr(decides).encode()).hexdigest()[:10]}"

@@ -99,6 +99,7 @@ class AttackPlan:
         every, clients: which updates, see `fedleak.rounds.choose_victims`.
         adaptive: whether the attacker's guesses go through the clients' defense.
         seconds: for the images of all updates together, about; None for as long as they need.
+        executor: where: ``local``, this process, or ``ray``, in pieces on a cluster's devices.
     """
 
     name: str
@@ -110,13 +111,16 @@ class AttackPlan:
     clients: int | Literal["all"]
     adaptive: bool = False
     seconds: float | None = None
+    executor: str = "local"
 
     def build(self) -> Attack | None:
         """The attack, None for ``attack=none``; raises `UsageError` for parts that cannot be built."""
         if self.labels is None or self.inversion is None:
             return None
         from fedleak.attacks import Attack, Inversion, LabelInference, View
+        from fedleak.executor import require
 
+        require(self.executor)
         labels, inversion = self.labels.build(LabelInference), self.inversion.build(Inversion)
         view = None if self.view is None else self.view.build(View)
         return Attack(labels, inversion, name=self.name, candidates=self.candidates, view=view, adaptive=self.adaptive)
@@ -260,6 +264,7 @@ RULES: Mapping[str, Rule] = {
     "attack.every": _whole_or("auto"),
     "attack.adaptive": YES_NO,
     "attack.candidates": whole(1),
+    "attack.executor": one_of("local", "ray"),
     "attack.clients": _whole_or("all"),
     **{f"threat.{name}": YES_NO for name in GRANTS},
     "threat.view": one_of(*VIEWS),
@@ -345,7 +350,9 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
             and word not in (*known, "seconds", "labels", "inversion", "view")
         ):
             raise UsageError(f"attack.{word}: unknown key; {suggest(word, known)}")
-    plan: dict[str, Any] = {key: attack[key] for key in ("name", "candidates", "every", "clients", "adaptive")}
+    plan: dict[str, Any] = {
+        key: attack[key] for key in ("name", "candidates", "every", "clients", "adaptive", "executor")
+    }
     plan["seconds"] = seconds
     for key in ("labels", "inversion", "view"):
         plan[key] = None if attack.get(key) is None else Part(f"attack.{key}", attack[key])

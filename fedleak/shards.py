@@ -14,6 +14,8 @@ from fedleak.errors import FedleakError
 WAITING = 64 * 2**20
 """Bytes that may wait to be written before whoever brings more has to wait too."""
 
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+
 IDLE = 0.1
 """Seconds until a thread with nothing to write ends; the next job starts another."""
 
@@ -25,8 +27,11 @@ def append(path: Path, data: bytes) -> int:
         FedleakError: the disk is full, or the folder cannot be written to.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            file = os.open(path, _APPEND, 0o644)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, _APPEND, 0o644)
         try:
             _lock(file)
             begin = os.lseek(file, 0, os.SEEK_END)

@@ -62,20 +62,29 @@ def _pack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[byte
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         parts.append(flat.view(torch.uint8).numpy().data if len(flat) else b"")
         layout.append((name, NAMES[tensor.dtype], tuple(tensor.shape), flat.nbytes))
-    return _head(tuple(layout), tuple(metadata.items())), parts
+    return _head(tuple(layout), metadata), parts
+
+
+def _head(layout: tuple[tuple[str, str, tuple[int, ...], int], ...], metadata: dict[str, str]) -> bytes:
+    """The length and the JSON that a safetensors file begins with."""
+    text = _described_layout(layout)
+    if metadata:
+        said = json.dumps(metadata, separators=(",", ":"))
+        text = f'{{"__metadata__":{said}{"," if layout else ""}{text[1:]}'
+    head = text.encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
 
 
 @lru_cache(maxsize=64)
-def _head(layout: tuple[tuple[str, str, tuple[int, ...], int], ...], metadata: tuple[tuple[str, str], ...]) -> bytes:
-    """The length and the JSON that a safetensors file begins with; the same for every update of a federation."""
-    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+def _described_layout(layout: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> str:
+    """Names, types, shapes and places as JSON; the same for every update of a federation."""
+    described: dict[str, Any] = {}
     end = 0
     for name, dtype, shape, size in layout:
         described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return json.dumps(described, separators=(",", ":"))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

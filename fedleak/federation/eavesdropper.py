@@ -110,6 +110,7 @@ class Eavesdropper(Strategy):
         self.client_of = client_of
         self.on_round = on_round
         self._sent: dict[int, _Sent] = {}
+        self._names_of: dict[tuple[tuple[str, torch.Size], ...], dict[str, str]] = {}
         self._order: dict[int, int] = {}
         self._warned: set[str] = set()
         self._claimed: dict[int, int] = {}
@@ -190,7 +191,10 @@ class Eavesdropper(Strategy):
         """Arrays by the model's own names: apps number theirs "0", "1", …, wrap the model, or send a part of it."""
         if self.model is None:
             return tensors
-        names = rename(tensors, self.model)
+        looks = tuple((key, value.shape) for key, value in tensors.items())
+        if looks not in self._names_of:
+            self._names_of = {looks: rename(tensors, self.model)}  # the last ones: replies look alike
+        names = self._names_of[looks]
         return {names.get(key, key): value for key, value in tensors.items()}
 
     def _split(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

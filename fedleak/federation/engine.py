@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedleak.errors import UsageError
+from fedleak.executor import find_modules
 
 
 class LocalGrid(Grid):
@@ -165,10 +165,7 @@ class RayEngine:
 
     def run(self, server_app: ServerApp, client_app: ClientApp, clients: int) -> None:
         """Run the federation to its end; raises what the server raised."""
-        # Ray's workers are new processes: they must find the user's own modules too.
-        paths = [os.getcwd(), *sys.path, os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        find_modules()
         from flwr.simulation import run_simulation
 
         quiet_flower()

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from torch import Tensor
@@ -23,7 +28,28 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 
 def to_tensors(arrays: ArrayRecord) -> dict[str, Tensor]:
     """Tensors (copies) of an ArrayRecord, in order."""
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
+    return {name: _tensor(array) for name, array in arrays.items()}
+
+
+def _tensor(array: Array) -> Tensor:
+    """One array, read as `Array.numpy` does, which parses its head as Python each time and takes far longer."""
+    data = array.data
+    if array.stype == "numpy.ndarray" and data[:8] == b"\x93NUMPY\x01\x00":
+        begin = 10 + int.from_bytes(data[8:10], "little")
+        dtype, shape = _head(data[8:begin])
+        if dtype is not None and len(data) - begin == math.prod(shape) * dtype.itemsize:
+            return torch.from_numpy(np.frombuffer(data, dtype, offset=begin).reshape(shape).copy())
+    return torch.from_numpy(array.numpy().copy())
+
+
+@lru_cache(maxsize=1024)
+def _head(head: bytes) -> tuple[np.dtype[Any] | None, tuple[int, ...]]:
+    """What the head of a NumPy file says, None for a dtype where it is not plain numbers in C's order."""
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(head))
+    except Exception:  # whatever is wrong, NumPy says it
+        return None, ()
+    return (None if fortran or dtype.hasobject or dtype.itemsize == 0 else dtype), shape
 
 
 def client_record(message: Message) -> ConfigRecord:

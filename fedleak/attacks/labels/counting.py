@@ -84,7 +84,7 @@ class CountInference(LabelInference):
         if not usable:
             return guesses
         layer = find_last_layer(knowledge)
-        size = max(1, _CHUNK // (layer.classes * layer.features))
+        size = at_once(layer)
         for start in range(0, len(usable), size):
             chunk = usable[start : start + size]
             evidence = collect([observations[index] for index in chunk], layer)
@@ -92,6 +92,11 @@ class CountInference(LabelInference):
             for index, guess in zip(chunk, guesses_from(found, candidates), strict=True):
                 guesses[index] = guess
         return guesses
+
+
+def at_once(layer: LastLayer) -> int:
+    """How many updates are read together, so that memory is bounded; of many classes a system of them is larger."""
+    return max(1, _CHUNK // (layer.classes * max(layer.features, 4 * layer.classes)))
 
 
 def collect(observations: Sequence[Observation], layer: LastLayer) -> Evidence:

@@ -10,7 +10,7 @@ import torch
 
 from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.bias import Bias
-from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from, round_counts
+from fedleak.attacks.labels.counting import Counts, Evidence, at_once, collect, guesses_from, round_counts
 from fedleak.attacks.labels.defended import Defended
 from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.ilrg import ILRG
@@ -93,7 +93,7 @@ class Fedleak(LabelInference):
         if not usable:
             return guesses
         layer = find_last_layer(knowledge)
-        size = max(1, 2**26 // (layer.classes * layer.features))
+        size = at_once(layer)
         for start in range(0, len(usable), size):
             chunk = usable[start : start + size]
             seen = [observations[index] for index in chunk]
@@ -148,8 +148,9 @@ class Fedleak(LabelInference):
         believed: dict[int, Found] = {}
         for size in evidence.totals[small & once].unique().tolist():
             places = (small & once & (evidence.totals == size)).nonzero()[:, 0].tolist()
-            for start in range(0, len(places), 4):  # four at a time: memory
-                group = places[start : start + 4]
+            few = max(1, min(4, 2**30 // (8 * 3 * 2 * self.atoms * layer.classes * size)))  # at a time: memory
+            for start in range(0, len(places), few):
+                group = places[start : start + few]
                 searched = search_row_space(
                     _part(evidence, group),
                     knowledge,

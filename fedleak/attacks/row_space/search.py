@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -119,9 +119,11 @@ def search(
         for p, top in work.items():
             some, ends = space[torch.tensor([p], device=device)], last[p : p + 1]
             x, labels = _one_change(some, top, atoms[p], atom_labels, ends)
-            x, total = _fit_all(some, x[None], labels[None], ends, 8)
-            keep = total.argsort(dim=1)[:, :64]
-            x, labels = _pick(x, keep), _pick(labels[None], keep)
+            x, labels = x[None], labels[None]
+            for steps, kept in ((2, MANY), (6, 64)) if x.shape[1] > 2 * MANY else ((8, 64),):
+                x, total = _fit_all(some, x, labels, ends, steps)
+                keep = total.argsort(dim=1)[:, :kept]
+                x, labels = _pick(x, keep), _pick(labels, keep)
             x, total = _fit_all(some, x, labels, ends, 30)
             pools[p].add(x[0], labels[0], total[0])
     found = []
@@ -137,13 +139,27 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=values.device)[:, None], index]
 
 
+MANY = 1024
+"""Changed batches that are fitted to the end. Of more than twice as many only four times as many are fitted at all,
+those that begin best, and those that are best after two steps go on."""
+
+MEMORY = 2**28
+"""Bytes that a piece of the work may take, about; with many classes there are thousands of batches to fit at once."""
+
+
 def _fit_all(space: RowSpace, x: Tensor, labels: Tensor, floor: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """`fit` on K batches for each problem: x ``[P, K, B, B]``, labels ``[P, K, B]``."""
+    """`fit` on K batches for each problem, so many at a time: x ``[P, K, B, B]``, labels ``[P, K, B]``."""
     problems, starts = labels.shape[:2]
-    each = space[torch.arange(problems, device=x.device).repeat_interleave(starts)]
-    truth = one_hot(labels.flatten(0, 1), space.head.shape[1]).to(x.dtype)
-    x, total = fit(each, x.flatten(0, 1), truth, floor=floor.repeat_interleave(starts), steps=steps)
-    return x.unflatten(0, (problems, starts)), total.view(problems, starts)
+    classes, rank = space.head.shape[1:]
+    small = replace(space, basis=space.basis[:, :0])  # would be repeated for each batch, and is of no use here
+    size = max(1, MEMORY // (8 * 6 * rank * (rank * classes + rank**3)))
+    which = torch.arange(problems, device=x.device).repeat_interleave(starts)
+    found = []
+    for part, some, names in zip(*(v.split(size) for v in (which, x.flatten(0, 1), labels.flatten(0, 1))), strict=True):
+        truth = one_hot(names, classes).to(x.dtype)
+        found.append(fit(small[part], some, truth, floor=floor[part], steps=steps))
+    moved, total = (torch.cat(each) for each in zip(*found, strict=True))
+    return moved.unflatten(0, (problems, starts)), total.view(problems, starts)
 
 
 def _contributions(space: RowSpace, x: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
@@ -193,16 +209,23 @@ def _one_change(
     own = pieces.square().sum(dim=1) + apart.square()
     groups = [(atom_labels == label).nonzero()[:, 0] for label in range(space.head.shape[1])]
     target = (space.target * scale[:, None])[0].flatten()
-    changed, names = [], []
+    changed, names, ranks = [], [], []
     for _, x, labels in tops:
         parts = _contributions(space, x[None], labels[None], scale)[0]
+        off = ((x @ space.one[0]) - space.affine[0]).square()
         for i in range(len(x)):
-            cost = own + 2 * pieces @ (parts.sum(dim=0) - parts[i] - target)
+            rest = parts.sum(dim=0) - parts[i] - target
+            cost = own + 2 * pieces @ rest + (rest.square().sum() + off.sum() - off[i])
             for label, group in enumerate(groups):
                 if label == int(labels[i]) or len(group) == 0:
                     continue
+                best = group[cost[group].argmin()]
                 other, name = x.clone(), labels.clone()
-                other[i], name[i] = atoms[group[cost[group].argmin()]], label
+                other[i], name[i] = atoms[best], label
                 changed.append(other)
                 names.append(name)
+                ranks.append(cost[best])
+    if len(ranks) > 4 * MANY:
+        kept = torch.stack(ranks).argsort()[: 4 * MANY].sort().values.tolist()
+        changed, names = [changed[k] for k in kept], [names[k] for k in kept]
     return torch.stack(changed), torch.stack(names)
