@@ -56,6 +56,11 @@ def where_it_stopped(setup: Setup, folder: Path) -> Left:
             return Left(federated=True)
         _clear(folder)
         return NEW
+    if setup.defense.settings.get("feedback"):
+        raise UsageError(
+            f"resume={folder}: under defense.feedback=true clients remember what they withheld, and that died with the "
+            "run; repeat it"
+        )
     if since.of != identity(setup):
         raise UsageError(
             f"resume={folder}: its {FILE} is of another configuration, or of another version of fedleak; repeat the run"

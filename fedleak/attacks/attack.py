@@ -180,7 +180,8 @@ class Attack:
 
         if pending:
             run = Run(device, seed, seconds, keep, on_progress)
-            guesses = self.labels.infer(pending, knowledge, run, candidates=self.candidates)
+            candidates = max(self.candidates, self.inversion.label_candidates)
+            guesses = self.labels.infer(pending, knowledge, run, candidates=candidates)
             share = (time.perf_counter() - start) / len(pending)
             self.inversion.invert(pending, guesses, knowledge, run)
         missing = [seen[i] for i in todo if results[i] is None]

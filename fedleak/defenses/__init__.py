@@ -3,6 +3,7 @@
 from fedleak.defenses.base import Chain, ClientView, Defense, Imitation, NoDefense
 from fedleak.defenses.clipping import Clipping
 from fedleak.defenses.masking import Masking
+from fedleak.defenses.mixing import MixUp
 from fedleak.defenses.noise import Gaussian, Laplacian
 from fedleak.defenses.outpost import Outpost
 from fedleak.defenses.precision import HalfPrecision
@@ -24,6 +25,7 @@ __all__ = [
     "Laplacian",
     "LocalDP",
     "Masking",
+    "MixUp",
     "NoDefense",
     "Outpost",
     "Pruning",

@@ -1,8 +1,9 @@
-"""What a Gaussian mechanism costs in (ε, δ): Rényi differential privacy of the subsampled mechanism, step by step."""
+"""What a Gaussian mechanism promises: (ε, δ) by Rényi differential privacy, and how surely nobody can reconstruct."""
 
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 
@@ -35,6 +36,34 @@ def gaussian_epsilon(*, noise_multiplier: float, sample_rate: float, steps: int,
         epsilon = divergence - (math.log(delta) + math.log(order)) / (order - 1) + math.log1p(-1 / order)
         best = min(best, epsilon)
     return max(0.0, best)
+
+
+def reconstruction_bound(*, noise_multiplier: float, sample_rate: float, steps: int, guess: float) -> float:
+    """The most that the probability of reconstructing one example can be, whatever the attacker knows and does.
+
+    The attacker knows all other examples and every release. The less of two bounds: Rényi's, min over orders of
+    (guess · e^ε)^((order − 1) / order), which counts the sampling; and that of the Gaussian mechanism as if the example
+    took part in every release, Φ(Φ⁻¹(guess) + √steps / noise multiplier).
+
+    Args:
+        noise_multiplier, sample_rate, steps: as for `gaussian_epsilon`.
+        guess: the probability of the same without any release: 0.1 where the example is one of ten that the attacker
+            holds, as likely as each other.
+
+    References:
+        Balle, Cherubin, Hayes. Reconstructing training data with informed adversaries. S&P 2022, theorem 2.
+        Hayes, Mahloujifar, Balle. Bounding training data reconstruction in DP-SGD. NeurIPS 2023.
+    """
+    if steps == 0 or sample_rate == 0:
+        return guess
+    if noise_multiplier == 0:
+        return 1.0
+    normal = NormalDist()
+    best = normal.cdf(normal.inv_cdf(guess) + math.sqrt(steps) / noise_multiplier)
+    for order in ORDERS:
+        divergence = steps * _divergence(noise_multiplier, min(1.0, sample_rate), order)
+        best = min(best, math.exp(min(0.0, (math.log(guess) + divergence) * (order - 1) / order)))
+    return best
 
 
 def _divergence(sigma: float, rate: float, order: float) -> float:

@@ -52,7 +52,7 @@ class ClientView:
 
 
 class Defense:
-    """Three hooks, of which each by default changes nothing. Subclass it in a file of your own and name it by
+    """Four hooks, of which each by default changes nothing. Subclass it in a file of your own and name it by
     ``_target_``.
 
     The update is the change that the client sends: a gradient, or new minus old weights. A strength in the units of
@@ -62,6 +62,9 @@ class Defense:
 
     knob: ClassVar[str | None] = None
     """The setting that says how strong it is, None where there is no such."""
+
+    feedback: bool = False
+    """Whether the client adds what a round withheld of its change to the next one's, before it defends that."""
 
     @property
     def per_example(self) -> bool:
@@ -74,6 +77,22 @@ class Defense:
         For one that goes by the weights or by the private images. The original is never modified.
         """
         return self
+
+    def data(
+        self, images: Tensor, labels: Tensor, *, classes: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Before training: what the client trains on in place of its private samples. Pure.
+
+        Args:
+            images: ``[B, C, H, W]``, of one local step.
+            labels: ``[B]`` int64.
+            classes: of the model.
+            generator: the only source of randomness.
+
+        Returns:
+            As many images, and labels: ``[B]`` or shares of the classes ``[B, classes]``.
+        """
+        return images, labels
 
     def examples(self, gradients: Tensors, *, generator: torch.Generator) -> Tensors:
         """Inside a local step: the defended gradients of its samples, whose mean the client then trains with. Pure.
@@ -123,6 +142,15 @@ class Defense:
         """
         return None
 
+    def reconstruction(self, *, rounds: int, local_steps: int, sample_rate: float, guess: float) -> float | None:
+        """The most that the chance of reconstructing a sample can be after a whole federation; None without a promise.
+
+        Args:
+            rounds, local_steps, sample_rate: as for `epsilon`.
+            guess: the chance without any update, see `fedleak.defenses.accountant.reconstruction_bound`.
+        """
+        return None
+
 
 class NoDefense(Defense):
     """The update leaves the client as it is."""
@@ -153,8 +181,19 @@ class Chain(Defense):
     def per_example(self) -> bool:
         return any(part.per_example for part in self.parts)
 
+    @property
+    def feedback(self) -> bool:  # type: ignore[override]
+        return any(part.feedback for part in self.parts)
+
     def seeing(self, client: ClientView) -> Defense:
         return Chain([part.seeing(client) for part in self.parts])
+
+    def data(
+        self, images: Tensor, labels: Tensor, *, classes: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        for part in self.parts:
+            images, labels = part.data(images, labels, classes=classes, generator=generator)
+        return images, labels
 
     def examples(self, gradients: Tensors, *, generator: torch.Generator) -> Tensors:
         for part in self.parts:
@@ -171,6 +210,12 @@ class Chain(Defense):
         """The least of the parts': what comes after a private release keeps its privacy."""
         given = {"rounds": rounds, "local_steps": local_steps, "sample_rate": sample_rate, "delta": delta}
         found = [part.epsilon(**given) for part in self.parts]  # type: ignore[arg-type]
+        return min((value for value in found if value is not None), default=None)
+
+    def reconstruction(self, *, rounds: int, local_steps: int, sample_rate: float, guess: float) -> float | None:
+        """The least of the parts', as for `epsilon`."""
+        given = {"rounds": rounds, "local_steps": local_steps, "sample_rate": sample_rate, "guess": guess}
+        found = [part.reconstruction(**given) for part in self.parts]  # type: ignore[arg-type]
         return min((value for value in found if value is not None), default=None)
 
     def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation | None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedleak.defenses.accountant import gaussian_epsilon
+from fedleak.defenses.accountant import gaussian_epsilon, reconstruction_bound
 from fedleak.defenses.base import Defense, Imitation, non_negative, positive
 from fedleak.defenses.clipping import norm_of
 from fedleak.errors import UsageError
@@ -66,6 +66,12 @@ class DPSGD(Defense):
         """ε of every sample of a client after all rounds, by the accountant of Rényi's privacy."""
         return gaussian_epsilon(
             noise_multiplier=self.noise, sample_rate=sample_rate, steps=rounds * local_steps, delta=delta
+        )
+
+    def reconstruction(self, *, rounds: int, local_steps: int, sample_rate: float, guess: float) -> float | None:
+        """Of every sample of a client after all rounds, see `reconstruction_bound`."""
+        return reconstruction_bound(
+            noise_multiplier=self.noise, sample_rate=sample_rate, steps=rounds * local_steps, guess=guess
         )
 
 

@@ -15,7 +15,7 @@ from fedleak.training import LocalTraining, Tensors
 
 
 class Pruning(Defense):
-    """Set the smallest-magnitude fraction of every tensor to zero, or of all tensors together, without error feedback.
+    """Set the smallest-magnitude fraction of every tensor to zero, or of all tensors together.
 
     Exactly floor(ratio × elements) elements are set to zero, ties by position, so that at least one element of every
     tensor (or of the whole update) is left. It saves traffic. What is sent is exact, so that an update with more
@@ -25,9 +25,11 @@ class Pruning(Defense):
         ratio: the fraction to zero, in [0, 1).
         scope: ``tensor``: of each tensor by itself; ``update``: of all elements together, so that layers with small
             gradients may vanish.
+        feedback: error feedback: what was zeroed is added to the client's next change, so that nothing is lost but
+            time. What is sent is then exact no more: earlier batches are in it.
 
     Raises:
-        UsageError: `ratio` is outside [0, 1), or `scope` is another word.
+        UsageError: `ratio` is outside [0, 1), `scope` is another word, or `feedback` neither true nor false.
 
     References:
         Zhu, Liu, Han. Deep leakage from gradients. NeurIPS 2019.
@@ -36,12 +38,16 @@ class Pruning(Defense):
 
     knob: ClassVar[str | None] = "ratio"
 
-    def __init__(self, ratio: float = 0.9, scope: Literal["tensor", "update"] = "tensor") -> None:
+    def __init__(
+        self, ratio: float = 0.9, scope: Literal["tensor", "update"] = "tensor", feedback: bool = False
+    ) -> None:
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
             raise UsageError(f"defense.ratio={ratio} is no fraction to prune; give a number in [0, 1), say 0.9")
         if scope not in ("tensor", "update"):
             raise UsageError(f"defense.scope={scope}: choose one of tensor, update")
-        self.ratio, self.scope = float(ratio), scope
+        if not isinstance(feedback, bool):
+            raise UsageError(f"defense.feedback={feedback}: must be true or false")
+        self.ratio, self.scope, self.feedback = float(ratio), scope, feedback
 
     def apply(self, update: Tensors, *, generator: torch.Generator) -> Tensors:
         """The largest elements, and zeros."""
@@ -52,7 +58,8 @@ class Pruning(Defense):
         """The mask that the zeros of the observed update show; with noise on top, its smallest elements.
 
         A zeroed element was no larger than the smallest kept one, t. Its noise is that of a uniform draw from [−t, t],
-        t / √3, for an attacker who would weigh it; the mask makes it nothing in either update.
+        t / √3, for an attacker who would weigh it; the mask makes it nothing in either update. Under error feedback as
+        much may have been carried over from earlier rounds into a kept one.
         """
         masks = self._masks(observed)
         noise: dict[str, Tensor | float] = {}
@@ -61,7 +68,8 @@ class Pruning(Defense):
             lowest = min((float(v) for n, v in least.items() if observed[n].is_floating_point()), default=0.0)
             least = dict.fromkeys(least, torch.tensor(lowest))
         for name, mask in masks.items():
-            noise[name] = torch.where(mask, 0.0, least[name] / 3**0.5)
+            size = least[name] / 3**0.5
+            noise[name] = torch.where(mask, size if self.feedback else 0.0, size)
         return Imitation(Mask(masks), noise)
 
     def _masks(self, update: Mapping[str, Tensor]) -> dict[str, Tensor]:

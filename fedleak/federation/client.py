@@ -16,10 +16,13 @@ from fedleak.errors import FedleakError
 from fedleak.federation.records import ARRAYS, CLIENT, CONFIG, EXAMPLES, METRICS, PARTITION, to_arrays, to_tensors
 from fedleak.federation.scenario import CLIPPING, Scenario, build_scenario
 from fedleak.local_update import local_update
-from fedleak.seeding import generator
+from fedleak.seeding import derive_seed, generator, global_draws
 from fedleak.setup import Setup
 from fedleak.threads import one_thread
 from fedleak.truth import Truth, TruthStore
+
+WITHHELD = "withheld"
+"""Of a client's memory: what its defense took from earlier changes."""
 
 
 def make_client_app(setup: Setup, truth_dir: Path) -> ClientApp:
@@ -49,19 +52,24 @@ def make_client_app(setup: Setup, truth_dir: Path) -> ClientApp:
         if scenario.drops_out(client, server_round):
             raise FedleakError("dropped out")
         scenario = replace(scenario, training=replace(scenario.training, proximal=proximal))
+        received = to_tensors(message.content.array_records[ARRAYS])
         with one_thread():
-            content = train_once(
-                scenario, client, server_round, to_tensors(message.content.array_records[ARRAYS]), truth_dir
-            )
+            content = train_once(scenario, client, server_round, received, truth_dir, memory=context.state)
         return Message(content, reply_to=message)
 
     return app
 
 
 def train_once(
-    scenario: Scenario, client: int, server_round: int, received: dict[str, Tensor], truth_dir: Path
+    scenario: Scenario,
+    client: int,
+    server_round: int,
+    received: dict[str, Tensor],
+    truth_dir: Path,
+    *,
+    memory: RecordDict | None = None,
 ) -> RecordDict:
-    """The reply of one client in one round."""
+    """The reply of one client in one round; `memory` is what it keeps for the next, for error feedback."""
     federation = scenario.federation
     images, labels = scenario.private_batch(client, server_round)
     if scenario.keep(server_round, client):
@@ -74,20 +82,27 @@ def train_once(
     buffers = {name: value.to(device) for name, value in received.items() if name not in start}
     images, labels = images.to(device), labels.to(device)
     defense = scenario.defense.seeing(ClientView(start, buffers, model, images, labels))
-    result = local_update(
-        model,
-        start,
-        buffers,
-        images,
-        labels,
-        training,
-        examples=partial(defense.examples, generator=random) if defense.per_example else None,
-    )
+    with global_draws(derive_seed(scenario.seed, "layers", client, server_round)):  # dropout, bottlenecks
+        result = local_update(
+            model,
+            start,
+            buffers,
+            *_trained_on(defense, scenario, images, labels, random),
+            training,
+            examples=partial(defense.examples, generator=random) if defense.per_example else None,
+        )
     # A defense transforms the change that is sent: the gradient itself, or new minus old weights.
     update = {name: value.cpu() for name, value in result.update.items()}
     weights = training.payload == "weights"
     change = {name: value - received[name] for name, value in update.items()} if weights else update
-    defended = defend(defense, change, random, each=scenario.threat.per_sample_gradients)
+    each = scenario.threat.per_sample_gradients
+    if defense.feedback and memory is not None and not each:
+        kept = memory.array_records.get(WITHHELD)
+        change = change if kept is None else {n: v + to_tensors(kept)[n] for n, v in change.items()}
+        defended = defend(defense, change, random, each=False)
+        memory[WITHHELD] = to_arrays({name: value - defended[name] for name, value in change.items()})
+    else:
+        defended = defend(defense, change, random, each=each)
     if weights:
         # Adding the origin back would round what no defense touched.
         defended = {n: update[n] if torch.equal(v, change[n]) else received[n] + v for n, v in defended.items()}
@@ -101,6 +116,20 @@ def train_once(
             CLIENT: says,
         }
     )
+
+
+def _trained_on(
+    defense: Defense, scenario: Scenario, images: Tensor, labels: Tensor, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What a defense makes of the private samples, local step by local step."""
+    if type(defense).data is Defense.data:
+        return images, labels
+    steps = scenario.federation.local_steps
+    parts = [
+        defense.data(some, their, classes=scenario.data.classes, generator=random)
+        for some, their in zip(images.chunk(steps), labels.chunk(steps), strict=True)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
 
 def defend(defense: Defense, change: dict[str, Tensor], random: torch.Generator, *, each: bool) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fedleak.errors import UsageError
+from fedleak.models.bottleneck import VariationalBottleneck
 
 _DROPOUT = nn.modules.dropout._DropoutNd
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -36,6 +37,11 @@ def check_training(model: nn.Module, image_shape: tuple[int, int, int], batch_si
 
 def hidden_draws(model: nn.Module, training_mode: bool) -> str | None:
     """What of a training step an attacker cannot repeat, as a warning; None where there is nothing."""
+    if training_mode and any(isinstance(m, VariationalBottleneck) for m in model.modules()):
+        return (
+            "the model's bottleneck draws at random in train mode, and nobody but the client knows what: only "
+            "attack.adaptive=true reckons with that, for single samples; model.precode=0 leaves it out"
+        )
     dropping = [name for name, m in model.named_modules() if isinstance(m, _DROPOUT) and m.p > 0]
     if not training_mode or not dropping:
         return None

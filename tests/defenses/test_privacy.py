@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedleak.defenses import DPSGD, Chain, Gaussian, LocalDP, NoDefense
-from fedleak.defenses.accountant import gaussian_epsilon
+from fedleak.defenses.accountant import gaussian_epsilon, reconstruction_bound
 from fedleak.errors import UsageError
 from fedleak.training import SGD, LocalTraining
 
@@ -89,3 +89,23 @@ def test_local_privacy_clips_and_adds_the_gaussian_mechanisms_noise():
 def test_impossible_strengths(make, message):
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_the_chance_of_a_reconstruction_is_bounded():
+    given = {"sample_rate": 1.0, "steps": 1, "guess": 0.1}
+    # One release of the Gaussian mechanism, attacked by a draw: accept where the likelihood ratio is in its top tenth.
+    draws = torch.randn(400_000, generator=generator(), dtype=torch.float64)
+    reached = float((draws + 1 / 2.0 > draws.quantile(0.9)).double().mean())
+    assert reconstruction_bound(noise_multiplier=2.0, **given) == pytest.approx(reached, abs=0.005)
+    assert reconstruction_bound(noise_multiplier=0.0, **given) == 1.0
+    assert reconstruction_bound(noise_multiplier=1.0, **{**given, "steps": 0}) == 0.1
+    assert reconstruction_bound(noise_multiplier=1e4, **given) == pytest.approx(0.1, rel=1e-3)
+    many = {"sample_rate": 0.01, "steps": 300, "guess": 0.1}
+    assert reconstruction_bound(noise_multiplier=1.0, **many) < reconstruction_bound(
+        noise_multiplier=1.0, **{**many, "sample_rate": 1.0}
+    )
+    run = {"rounds": 3, "local_steps": 1, "sample_rate": 1.0, "guess": 0.1}
+    one = DPSGD(2.0).reconstruction(**run)
+    assert one == reconstruction_bound(noise_multiplier=2.0, **{**given, "steps": 3})
+    assert Chain([NoDefense(), DPSGD(2.0)]).reconstruction(**run) == one
+    assert Gaussian(0.1).reconstruction(**run) is None

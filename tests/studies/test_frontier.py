@@ -6,6 +6,7 @@ import pytest
 from fedleak.cli import main
 from fedleak.studies.frontier.cells import COLUMNS
 from fedleak.studies.frontier.page import sentence
+from fedleak.studies.frontier.pictures import draw_privacy
 from fedleak.studies.frontier.summary import summarise
 
 SMALL = [
@@ -61,6 +62,9 @@ def test_pictures_page_and_summary(frontier):
     out, _ = frontier
     summary = pd.read_csv(out / "summary.csv")
     assert set(summary.defense) == {"none", "control", "quiet", "dpsgd"}
+    bounds = summary.set_index("defense").reconstruction_bound
+    assert bounds.drop("dpsgd").isna().all()
+    assert 0.1 < bounds["dpsgd"] < 1
     for name in ("frontier.png", "images.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     page = (out / "frontier.html").read_text()
@@ -118,3 +122,15 @@ def test_the_summary_says_what_is_lost_and_which_defense_leaks_least():
     assert summary.loc[("mild", "one"), "mse"] == pytest.approx(1e-3)
     text = sentence(summary.reset_index())
     assert "mild 1 leaks least: the best attack (one)" in text
+
+
+def test_privacy_is_drawn_where_there_are_several_epsilons(tmp_path):
+    rows = [
+        {"defense": "dpsgd", "strength": s, "attacker": "one", "mse": 0.1 / s, "limit_mse": 0.05 / s, "epsilon": 10 / s}
+        | {"reconstruction_bound": 0.5, "recovered": 0.0, "recognised": 0.2, "test_accuracy": 0.5}
+        for s in (0.5, 1.0)
+    ]
+    draw_privacy(pd.DataFrame(rows[:1]), tmp_path / "one.png")
+    assert not (tmp_path / "one.png").exists()
+    draw_privacy(pd.DataFrame(rows), tmp_path / "two.png")
+    assert (tmp_path / "two.png").read_bytes()[:4] == b"\x89PNG"

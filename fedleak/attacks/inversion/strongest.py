@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch.nn.functional import one_hot
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.map import MAP
+from fedleak.attacks.inversion.map.attack import image_prior
+from fedleak.attacks.inversion.screening import screened
+from fedleak.attacks.inversion.severed import alone, cut_of, severed
 from fedleak.attacks.jacobian.models import update_model
 from fedleak.attacks.noise import noise_of
 from fedleak.attacks.problem import Problem, pose
@@ -25,6 +29,9 @@ _UNKNOWNS = 3200
 class Strongest(Inversion):
     """One inversion, then another where the first did not converge; of two failures the one that fits better.
 
+    Of several label multisets the one is taken that explains the update best, see `screening`. Single samples behind
+    layers that draw at random are sought below these, see `severed`.
+
     How well images fit is the mean square of what separates their update, through the defense as far as it is known,
     from the observed one, over the noise.
 
@@ -32,6 +39,8 @@ class Strongest(Inversion):
         first: for batches of known labels and few pixels.
         then: for the rest.
     """
+
+    label_candidates: ClassVar[int] = 6
 
     def __init__(self, first: Inversion | None = None, then: Inversion | None = None) -> None:
         self.first = first if first is not None else MAP(restarts=1, max_steps=25, seconds=20)
@@ -45,17 +54,23 @@ class Strongest(Inversion):
         run: Run,
     ) -> list[Reconstruction]:
         """See `Inversion.invert`."""
-        problems: dict[int, list[Problem]] = {}
-        for problem in pose(observations, guesses, knowledge):
-            problems.setdefault(problem.index, []).append(problem)
-        pixels = torch.Size(knowledge.image_shape).numel()
-        small = [i for i, ps in problems.items() if all(_small(problem, pixels) for problem in ps)]
+        problems = _by_observation(pose(observations, guesses, knowledge))
         found: dict[int, Reconstruction] = {}
 
         def keep(index: int, result: Reconstruction) -> None:
             found[index] = result
             if run.on_result is not None:
                 run.on_result(index, result)
+
+        for index, ps in problems.items():
+            cut = cut_of(knowledge.model, ps[0].targets[0].training.training_mode) if alone(ps) else None
+            if cut is not None:
+                keep(index, severed(ps[0], guesses[index], cut, knowledge, run))
+        some = {index: ps for index, ps in problems.items() if index not in found}
+        guesses = screened(some, guesses, knowledge, image_prior(knowledge).to(run.device), run)
+        problems = _by_observation(pose(observations, guesses, knowledge))
+        pixels = torch.Size(knowledge.image_shape).numel()
+        small = [i for i, ps in problems.items() if i not in found and all(_small(p, pixels) for p in ps)]
 
         tried: dict[int, Reconstruction] = {}
 
@@ -83,6 +98,13 @@ class Strongest(Inversion):
             chosen = [observations[i] for i in rest], [guesses[i] for i in rest]
             self.then.invert(*chosen, knowledge, replace(run, on_result=of_second))
         return [found[index] for index in range(len(observations))]
+
+
+def _by_observation(posed: Sequence[Problem]) -> dict[int, list[Problem]]:
+    problems: dict[int, list[Problem]] = {}
+    for problem in posed:
+        problems.setdefault(problem.index, []).append(problem)
+    return problems
 
 
 def _small(problem: Problem, pixels: int) -> bool:

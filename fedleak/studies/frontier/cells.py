@@ -53,6 +53,8 @@ CLEAN, CONTROL = "none", "control"
 """No defense at all; and, of the same federation, noise with the norms of every tensor of the update, in its place."""
 _MOST_DECIBELS = 150.0
 """Of an image that is exact to the last digit."""
+_GUESS = 0.1
+"""Chance of a reconstruction without any update, that the formal bound starts from: one of ten known candidates."""
 SHOWN = 3
 """Pairs of images that a cell keeps for the pictures."""
 
@@ -110,12 +112,12 @@ def run_cell(cell: Cell) -> str:
     done = pipeline.run(setup, cell.folder, quiet)
     captured = load_captured(setup, cell.folder).some(cell.moments, cell.victims)
     defense = setup.defense.build(Defense)
-    cost = {"test_accuracy": done.summary["final_test_accuracy"], "epsilon": epsilon(setup, defense, cell.delta)}
+    cost = {"test_accuracy": done.summary["final_test_accuracy"], "epsilon": promises(setup, defense, cell.delta)[0]}
     recogniser = train_recogniser(build_scenario(setup).data, setup.seed)
     rows, shown = _attacked(cell, cell.defense, captured, defense, recogniser, cost)
     if cell.defense == CLEAN:
         noise = replace(captured, observations=[replace(o, update=_like(o, cell.seed)) for o in captured.observations])
-        more, images = _attacked(cell, CONTROL, noise, None, recogniser, {"test_accuracy": None, "epsilon": None})
+        more, images = _attacked(cell, CONTROL, noise, None, recogniser, dict.fromkeys(cost))
         rows, shown = rows + more, shown | images
     np.savez_compressed(cell.images, **{name: pairs.numpy() for name, pairs in shown.items()})  # type: ignore[arg-type]
     write_csv(pd.DataFrame(rows, columns=list(COLUMNS)), cell.rows)
@@ -207,17 +209,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(f"{sum(known) / len(known):.4g}") if known else None
 
 
-def epsilon(setup: Setup, defense: Defense, delta: float) -> float | None:
-    """ε of a whole federation, of the client with the fewest images; None without a promise, or an infinite one."""
+def promises(setup: Setup, defense: Defense, delta: float) -> tuple[float | None, float | None]:
+    """ε of a whole federation, and the most that the chance of a reconstruction can be; of the client with the fewest
+    images. None without a promise, or an infinite one."""
     federation = setup.federation
     fewest = min(len(part) for part in build_scenario(setup).parts)
-    found = defense.epsilon(
-        rounds=federation.rounds,
-        local_steps=federation.local_steps,
-        sample_rate=min(1.0, federation.batch_size / max(1, fewest)),
-        delta=delta,
-    )
-    return None if found is None or not math.isfinite(found) else float(f"{found:.4g}")
+    rate = min(1.0, federation.batch_size / max(1, fewest))
+    steps = {"rounds": federation.rounds, "local_steps": federation.local_steps, "sample_rate": rate}
+    found = defense.epsilon(**steps, delta=delta), defense.reconstruction(**steps, guess=_GUESS)  # type: ignore[arg-type]
+    first, second = (None if v is None or not math.isfinite(v) else float(f"{v:.4g}") for v in found)
+    return first, second
 
 
 def _like(observation: Any, seed: int) -> dict[str, Tensor]:

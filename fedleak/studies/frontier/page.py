@@ -31,6 +31,8 @@ def write_page(summary: pd.DataFrame, folder: Path, attackers: Sequence[str]) ->
     said = {
         "frontier.png": "Left: error of the best attack (solid) and the least error anyone could reach (dashed). "
         "Right: what a classifier trained on other images still names rightly. Numbers at the points are strengths.",
+        "privacy.png": "By epsilon: error of the best attack and the limit; what was recovered, the most that the "
+        "chance of a reconstruction can be (formal bound, one of ten known candidates), and test accuracy.",
         "images.png": "Private images and what each attacker rebuilt: " + ", ".join(attackers) + ".",
     }
     for name, caption in said.items():
@@ -66,7 +68,17 @@ def sentence(summary: pd.DataFrame) -> str:
 
 def _table(summary: pd.DataFrame) -> str:
     shown = ["defense", "strength", "attacker", "test_accuracy", "accuracy_lost", "epsilon", "label_accuracy", "mse"]
-    shown += ["mse_low", "mse_high", "psnr", "ssim", "recovered", "recognised", "limit_mse", "limit_bits"]
+    shown += [
+        "mse_low",
+        "mse_high",
+        "psnr",
+        "ssim",
+        "recovered",
+        "recognised",
+        "limit_mse",
+        "limit_bits",
+        "reconstruction_bound",
+    ]
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in shown)
     lines = [
         "<tr>" + "".join(f"<td>{html.escape(_cell(name, row[name]))}</td>" for name in shown) + "</tr>"

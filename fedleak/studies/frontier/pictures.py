@@ -61,6 +61,32 @@ def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_privacy(summary: pd.DataFrame, path: Path) -> None:
+    """What differential privacy promises, costs and lets through, by ε; nothing for fewer than two ε."""
+    best = best_attack(summary).dropna(subset=["epsilon"]).sort_values("epsilon")
+    if best["epsilon"].nunique() < 2:
+        return
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, mine) in enumerate(best.groupby("defense", sort=False)):
+        color, x = _COLORS[number % len(_COLORS)], mine["epsilon"]
+        left.plot(x, mine["mse"], color=color, marker="o", label=f"{name}: error of the best attack")
+        left.plot(x, mine["limit_mse"].astype(float), color=color, linestyle="--", label=f"{name}: the limit")
+        right.plot(
+            x, mine["reconstruction_bound"].astype(float), color=color, linestyle="--", label=f"{name}: formal bound"
+        )
+        right.plot(x, mine["recovered"], color=color, marker="o", label=f"{name}: recovered by the best attack")
+        right.plot(x, mine["recognised"], color=color, marker="s", alpha=0.6, label=f"{name}: recognised")
+        right.plot(x, mine["test_accuracy"], color="0.3", marker="^", linestyle=":", label=f"{name}: test accuracy")
+    for panel in (left, right):
+        panel.set(xscale="log", xlabel="epsilon of a whole federation")
+        panel.grid(alpha=0.25)
+        panel.legend(frameon=False, fontsize=8)
+    left.set(yscale="log", ylabel="mean squared error")
+    right.set(ylim=(-0.03, 1.03), ylabel="share, or chance")
+    figure.savefig(path, dpi=110)
+
+
 def draw_images(cells: Sequence[Cell], frame: pd.DataFrame, path: Path) -> None:
     """A row a defense and strength: the private image and what each attacker rebuilt of it, of the first seed."""
     first = min(cell.seed for cell in cells)

@@ -15,14 +15,15 @@ import pandas as pd
 
 from fedleak import __version__
 from fedleak.config import Rule, is_number, whole
+from fedleak.defenses import Defense
 from fedleak.errors import UsageError
 from fedleak.outcome import write_csv, write_json
 from fedleak.prepare import prepare
 from fedleak.setup import named
 from fedleak.studies.base import Job, Study, require
-from fedleak.studies.frontier.cells import CLEAN, COLUMNS, CONTROL, Cell, knob_of, run_cell
+from fedleak.studies.frontier.cells import CLEAN, COLUMNS, CONTROL, Cell, knob_of, promises, run_cell
 from fedleak.studies.frontier.page import write_page
-from fedleak.studies.frontier.pictures import draw_frontier, draw_images
+from fedleak.studies.frontier.pictures import draw_frontier, draw_images, draw_privacy
 from fedleak.studies.frontier.summary import summarise
 
 _ABOVE = Rule(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
@@ -100,9 +101,10 @@ class Frontier(Study):
                 advance(1, name)
                 self._gather(cells, job)
         frame = self._gather(cells, job)
-        summary = summarise(frame)
+        summary = self._with_bounds(summarise(frame), cells)
         write_csv(summary, job.folder / "summary.csv")
         draw_frontier(summary, job.folder / "frontier.png")
+        draw_privacy(summary, job.folder / "privacy.png")
         draw_images(cells, frame, job.folder / "images.png")
         write_page(summary, job.folder, list(self.attackers))
         shown = ["defense", "strength", "attacker", "test_accuracy", "epsilon", "label_accuracy", "mse", "recovered"]
@@ -114,6 +116,16 @@ class Frontier(Study):
         frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
         write_csv(frame, job.folder / "frontier.csv")
         return frame
+
+    def _with_bounds(self, summary: pd.DataFrame, cells: Sequence[Cell]) -> pd.DataFrame:
+        """The summary with the most that the chance of a reconstruction can be, where a defense promises that."""
+        bounds = {}
+        for cell in cells:
+            if cell.seed == min(other.seed for other in cells):
+                setup = cell.setup()
+                bounds[cell.defense, cell.strength] = promises(setup, setup.defense.build(Defense), cell.delta)[1]
+        keys = zip(summary["defense"], summary["strength"], strict=True)
+        return summary.assign(reconstruction_bound=pd.Series([bounds.get(key) for key in keys], dtype=float))
 
     def _processes(self, cells: int) -> int:
         most = os.cpu_count() or 1 if self.processes == "auto" else int(self.processes)
