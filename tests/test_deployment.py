@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from fedleak.audit.wire import find_runs, read
 from fedleak.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -58,24 +60,87 @@ def test_the_containers_use_flags_that_flower_has():
                 assert [flag for flag in service["command"] if flag.partition("=")[0] not in said] == []
 
 
+BARE = """
+import numpy as np
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+import fedleak
+
+server = ServerApp()
+client = ClientApp()
+
+
+@server.main()
+def main(grid, context):
+    grid = fedleak.tap(grid, context.run_config["captures"])
+    FedAvg(fraction_evaluate=0.0).start(grid, ArrayRecord([np.zeros(3, np.float32)]), num_rounds=2)
+
+
+@client.train()
+def train(msg, context):
+    [start] = msg.content["arrays"].to_numpy_ndarrays()
+    arrays = ArrayRecord([start + 1 + context.node_config["partition-id"]])
+    return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 4})}), reply_to=msg)
+"""
+
+
+def test_two_nodes_with_keys_of_their_own_over_tls_are_on_record(loopback, tmp_path):
+    app = _made(tmp_path / "app")
+    (app / "bare.py").write_text(BARE)
+    (app / "pyproject.toml").write_text(
+        '[project]\nname = "bare"\nversion = "1.0.0"\nlicense = "Apache-2.0"\n[tool.flwr.app]\npublisher = "fedleak"\n'
+        '[tool.flwr.app.components]\nserverapp = "bare:server"\nclientapp = "bare:client"\n'
+        '[tool.flwr.app.config]\ncaptures = ""\n'
+    )
+    assert loopback.deploy(app, 2, f'captures="{tmp_path / "captures"}"', _made(tmp_path / "work")) == 0
+    [run] = find_runs(tmp_path / "captures")
+    exchanges = read(run)
+    assert [(e.round, e.client, e.error) for e in exchanges] == [(1, 0, None), (1, 1, None), (2, 0, None), (2, 1, None)]
+    assert len({e.node for e in exchanges}) == 2
+    changes = [float(next(iter(e.reply.values()))[0] - next(iter(e.sent.values()))[0]) for e in exchanges]
+    assert sorted(changes[:2]) == sorted(changes[2:]) == [1.0, 2.0]
+    assert float(next(iter(exchanges[2].sent.values()))[0]) == 1.5, "the mean of both"
+
+
+TAPPED = {
+    "quickstart": ("quickapp", 2, "optimizer=sgd,lr=0.1,batch_size=32,epochs=1", 1.0),
+    "advanced": ("advapp", 2, "batch_size=16,epochs=1", 1.0),
+}
+"""App -> its package, rounds, what its user says of its clients (messages tell the advanced one's learning rate)."""
+
+
 @pytest.mark.slow
-def test_a_tapped_app_on_a_real_deployment_is_audited(loopback, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", TAPPED)
+def test_a_tapped_app_on_a_real_deployment_is_audited(form, loopback, tmp_path, monkeypatch):
+    package, rounds, client, accuracy = TAPPED[form]
     app = tmp_path / "app"
-    subprocess.run(["cp", "-r", str(ROOT / "tests" / "apps" / "quickstart"), str(app)], check=True)
-    server = app / "quickapp" / "server_app.py"
-    line = f"    import fedleak\n    grid = fedleak.tap(grid, {str(tmp_path / 'captures')!r})\n"
-    text = server.read_text()
-    head = "def main(grid: Grid, context: Context) -> None:\n"
-    server.write_text(text.replace(head, head + line))
-    config = "num-server-rounds=1 fraction-evaluate=0.0"
+    shutil.copytree(ROOT / "tests" / "apps" / form, app)
+    server, clients = (app / package / f"{kind}_app.py" for kind in ("server", "client"))
+    tap = f"    grid = fedleak.tap(grid, {str(tmp_path / 'c')!r})\n"
+    _insert(server, "def main(grid: Grid, context: Context) -> None:\n", tap)
+    note = f"    fedleak.note_truth(msg, trainloader.dataset.tensors[1], folder={str(tmp_path / 'truth')!r})\n"
+    _insert(clients, '    metrics = MetricRecord({"train_loss"', note, after=False)
+    config = f"num-server-rounds={rounds} fraction-evaluate=0.0"
     assert loopback.deploy(app, 2, config, _made(tmp_path / "work")) == 0
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "apps" / "quickstart"))
-    client = "optimizer=sgd,lr=0.1,batch_size=32,epochs=1"
-    command = ["audit", str(tmp_path / "captures"), "--model", "quickapp.task:Net", "--normalize", "0.5/0.5"]
-    assert main([*command, "--client", client, "--seconds", "0", "--output", str(tmp_path / "audit")]) == 3
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "apps" / form))
+    command = ["audit", str(tmp_path / "c"), "--model", f"{package}.task:Net", "--normalize", "0.5/0.5"]
+    options = ["--seconds", "0", "--truth", str(tmp_path / "truth"), "--output", str(tmp_path / "audit")]
+    assert main([*command, "--client", client, *options]) == 3
     found = json.loads((tmp_path / "audit" / "audit.json").read_text())
-    assert [u["verdict"] for u in found["updates"]] == ["exposed"] * 2
+    assert [u["verdict"] for u in found["updates"]] == ["exposed"] * 2 * rounds
+    assert [u["labels"]["accuracy"] for u in found["updates"]] == [accuracy] * 2 * rounds
     assert all(len(u["node"]) > 5 for u in found["updates"]), "real node ids"
+
+
+def _insert(file: Path, place: str, line: str, *, after: bool = True) -> None:
+    """One line more in an app, and the import that it needs."""
+    text = file.read_text()
+    assert text.count(place) == 1
+    text = text.replace(place, place + line if after else line + place)
+    file.write_text(text.replace("from flwr.app import", "import fedleak\nfrom flwr.app import", 1))
 
 
 @pytest.mark.slow
