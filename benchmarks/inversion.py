@@ -14,10 +14,16 @@ engine: all victims in one call, images found in closed form where that passes i
 matching with restarts where not. For mnist-b8, mnist-b16 (granted 1,024 other images) and cifar100-noise (noise of 1e-3
 on every element, not told) it is `attack=map`: the most likely images under a prior.
 
+cnn (MNIST, the tutorials' network), convnet and resnet18 (CIFAR-10, BatchNorm in evaluation mode) are initialised as
+PyTorch does it and attacked with the public settings of Inverting Gradients (Geiping 2020): the angle of the gradients,
+total variation 1e-2, `--steps` signed Adam steps from a normal image, kept in [0, 1]. plain is that as a loop over one
+victim at a time, engine our preset of it on all victims in one call; for cnn a third row, fedleak, is our own best.
+
 The CSV has a row per setting and method. `victims`: updates attacked; `success_rate`: recovered images / images;
 `evaluations`: objective-and-gradient evaluations, the median over updates of which every image was recovered;
-`seconds`: from updates to images; `ratio`: successes a second, divided by plain's. Needs torch and numpy, and for
-CIFAR-100 Pillow or torchvision.
+`seconds`: from updates to images; `ratio`: successes a second, divided by plain's; `rate`: evaluations a second of all
+updates; `rate_ratio`: divided by plain's; `median_mse`: over images, assigned as is best in total. Needs torch and
+numpy, for CIFAR Pillow or torchvision, and for resnet18 torchvision.
 """
 
 from __future__ import annotations
@@ -30,7 +36,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +47,17 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout needs no installation
 
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
+from fedleak.attacks.inversion.chooser import Chooser
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.map import MAP
+from fedleak.attacks.inversion.objectives import Cosine
+from fedleak.attacks.inversion.optimizers import Adam
 from fedleak.attacks.inversion.peeling import Peeling
+from fedleak.attacks.inversion.priors import TotalVariation
+from fedleak.attacks.inversion.stopping import Stopping
 from fedleak.attacks.results import Progress
 from fedleak.capture import Observation
+from fedleak.models.cnn import CNN, ConvNet
 from fedleak.models.lenet import LeNet
 from fedleak.training import LocalTraining
 
@@ -65,6 +77,8 @@ class Setting:
         auxiliary: other images of the same data set that the engine is granted; then its prior is theirs.
         noise: standard deviation of the noise on every element of the update; the engine is not told.
         likely: whether the engine is the most likely images (`MAP`) instead of the closed form and matching.
+        model: lenet, or a network that Inverting Gradients' settings are for.
+        steps: of these.
     """
 
     data: str
@@ -74,6 +88,17 @@ class Setting:
     auxiliary: int = 0
     noise: float = 0.0
     likely: bool = False
+    model: str = "lenet"
+    steps: int = 2400
+
+    def network(self) -> nn.Module:
+        """As PyTorch initialises it."""
+        if self.model == "resnet18":
+            from fedleak.models.vision import resnet18  # torchvision, which the other settings do without
+
+            return resnet18(self.classes, stem="small").eval()
+        kinds = {"lenet": LeNet, "cnn": CNN, "convnet": ConvNet}
+        return kinds[self.model](self.shape, self.classes).eval()
 
 
 SETTINGS = {
@@ -85,7 +110,11 @@ SETTINGS = {
     "cifar100-noise": Setting("cifar100", (3, 32, 32), 100, 1, noise=1e-3, likely=True),
     "mnist-b8": Setting("mnist", (1, 28, 28), 10, 8, auxiliary=1024, likely=True),
     "mnist-b16": Setting("mnist", (1, 28, 28), 10, 16, auxiliary=1024, likely=True),
+    "cnn": Setting("mnist", (1, 28, 28), 10, 1, model="cnn"),
+    "convnet": Setting("cifar10", (3, 32, 32), 10, 1, model="convnet"),
+    "resnet18": Setting("cifar10", (3, 32, 32), 10, 1, model="resnet18"),
 }
+LENETS = [name for name, setting in SETTINGS.items() if setting.model == "lenet"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +138,9 @@ class Row:
     seconds: float
     successes_per_second: float
     ratio: float
+    rate: float
+    rate_ratio: float
+    median_mse: float
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -169,11 +201,14 @@ def make_victims(setting: Setting, images: Images, count: int, seed: int, device
         order = np.random.default_rng((seed, number)).choice(len(images), setting.batch_size, replace=False)
         pairs = [images[int(index)] for index in order]
         x, y = torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-        model = LeNet(setting.shape, setting.classes)
         generator = torch.Generator().manual_seed(1_000_003 * seed + number)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.uniform_(-0.5, 0.5, generator=generator)
+        with torch.random.fork_rng():
+            torch.manual_seed(1_000_003 * seed + number)
+            model = setting.network()
+        if setting.model == "lenet":
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.uniform_(-0.5, 0.5, generator=generator)
         model = model.to(device)
         names, parameters = zip(*model.named_parameters(), strict=True)
         loss = F.cross_entropy(model(x.to(device)), y.to(device))
@@ -182,16 +217,17 @@ def make_victims(setting: Setting, images: Images, count: int, seed: int, device
             drawn = (setting.noise * torch.randn(v.shape, generator=generator) for v in update.values())
             update = {n: v + noise.to(device) for (n, v), noise in zip(update.items(), drawn, strict=True)}
         start = {name: value.detach().clone() for name, value in zip(names, parameters, strict=True)}
-        training = LocalTraining(batch_size=len(y), local_steps=1)
+        training = LocalTraining(batch_size=len(y), local_steps=1, training_mode=False)
+        buffers = {name: value.clone() for name, value in model.named_buffers()}
         labels = y.sort().values if len(y) > 1 else None
-        observation = Observation(1, number, start, update, training, labels=labels)
+        observation = Observation(1, number, start, update, training, labels=labels, start_buffers=buffers)
         victims.append(Victim(observation, x, y))
     return victims
 
 
 def sign_rule(observation: Observation) -> LabelGuess:
-    """iDLG's label of a single sample: the class whose row of the last gradient has a negative sum."""
-    label = observation.update["fc.weight"].sum(1).argmin()
+    """The label of a single sample: the one class of which the last bias's gradient is negative."""
+    label = list(observation.update.values())[-1].argmin()
     return LabelGuess(label.cpu().view(1, 1), torch.ones(1))
 
 
@@ -229,10 +265,43 @@ def plain(victim: Victim, setting: Setting, device: str, generator: torch.Genera
     return dummy.detach().cpu(), evaluations
 
 
+def published(victim: Victim, setting: Setting, device: str, generator: torch.Generator) -> tuple[Tensor, int]:
+    """Inverting Gradients' public settings on one victim, as a loop: images ``[1, C, H, W]`` and evaluations."""
+    model = setting.network().to(device)
+    model.load_state_dict({**victim.observation.parameters, **victim.observation.start_buffers})
+    wanted, labels = list(victim.observation.update.values()), guess(victim.observation).best.to(device)
+    size = torch.stack([w.square().sum() for w in wanted]).sum().sqrt()
+    dummy = torch.randn(1, *setting.shape, generator=generator).to(device).requires_grad_()
+    optimizer = torch.optim.Adam([dummy], lr=0.1)
+    drops = [int(setting.steps * share / 8) for share in (3, 5, 7)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+    best, kept = math.inf, dummy.detach().clone()
+    for _ in range(setting.steps):
+        loss = F.cross_entropy(model(dummy), labels)
+        gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        dot = torch.stack([(g * w).sum() for g, w in zip(gradients, wanted, strict=True)]).sum()
+        angle = 1 - dot / size / torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        edges = dummy.diff(dim=2).abs().mean() + dummy.diff(dim=3).abs().mean()
+        (slope,) = torch.autograd.grad(angle + 1e-2 * edges, dummy)
+        if angle.item() < best:
+            best, kept = angle.item(), dummy.detach().clone()
+        dummy.grad = slope.sign()
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            dummy.clamp_(0, 1)
+    return kept.cpu(), setting.steps
+
+
+def errors(found: Tensor, truth: Tensor) -> np.ndarray:
+    """Each image's MSE ``[B]``, assigned to the truth as is best in total."""
+    cost = (found.clamp(0, 1)[:, None] - truth[None]).double().square().flatten(2).mean(2).nan_to_num(1e3).numpy()
+    return np.asarray(cost[np.arange(len(cost)), assigned(cost)])
+
+
 def recovered(found: Tensor, truth: Tensor) -> int:
     """How many of a batch's images have an MSE below `SUCCESS`, assigned to the truth as is best in total."""
-    cost = (found.clamp(0, 1)[:, None] - truth[None]).double().square().flatten(2).mean(2).nan_to_num(1e3).numpy()
-    return int((cost[np.arange(len(cost)), assigned(cost)] < SUCCESS).sum())
+    return int((errors(found, truth) < SUCCESS).sum())
 
 
 def assigned(cost: np.ndarray) -> np.ndarray:
@@ -262,38 +331,53 @@ def assigned(cost: np.ndarray) -> np.ndarray:
     return result
 
 
-def row(setting: str, method: str, hits: Sequence[int], evaluations: Sequence[int], size: int, seconds: float) -> Row:
-    """Sums up a method's hits (recovered images of each victim of `size` images); the ratio is filled in later."""
-    whole = [e for e, hit in zip(evaluations, hits, strict=True) if hit == size]
-    rate = sum(hits) / (size * len(hits))
+def row(setting: str, method: str, found: Sequence[np.ndarray], evaluations: Sequence[int], seconds: float) -> Row:
+    """Sums up a method's errors, an array a victim; the ratios are filled in later."""
+    hits = [int((one < SUCCESS).sum()) for one in found]
+    whole = [e for e, hit, one in zip(evaluations, hits, found, strict=True) if hit == len(one)]
     return Row(
         setting,
         method,
         len(hits),
-        rate,
+        sum(hits) / sum(len(one) for one in found),
         float(np.median(whole)) if whole else math.nan,
         seconds,
         sum(hits) / seconds,
         1.0,
+        sum(evaluations) / seconds,
+        1.0,
+        float(np.median(np.concatenate(found))),
     )
 
 
-def run_plain(name: str, victims: Sequence[Victim], device: str, seed: int) -> Row:
+def run_plain(name: str, setting: Setting, victims: Sequence[Victim], device: str, seed: int) -> Row:
     """Time the plain baseline."""
-    setting, generator = SETTINGS[name], torch.Generator().manual_seed(seed)
-    hits, evaluations, seconds = [], [], 0.0
+    generator = torch.Generator().manual_seed(seed)
+    found, evaluations, seconds = [], [], 0.0
+    loop = plain if setting.model == "lenet" else published
     for number, victim in enumerate(victims, 1):
         start = clock()
-        images, used = plain(victim, setting, device, generator)
+        images, used = loop(victim, setting, device, generator)
         seconds += clock() - start
-        hits.append(recovered(images, victim.images))
+        found.append(errors(images, victim.images))
         evaluations.append(used)
-        say(f"{name} plain: {number}/{len(victims)} victims, {sum(hits)} images recovered, {seconds:.0f} s")
-    return row(name, "plain", hits, evaluations, setting.batch_size, seconds)
+        hits = sum(int((one < SUCCESS).sum()) for one in found)
+        say(f"{name} plain: {number}/{len(victims)} victims, {hits} images recovered, {seconds:.0f} s")
+    return row(name, "plain", found, evaluations, seconds)
 
 
 def engine(setting: Setting) -> Inversion:
-    """The engine as it is recommended for sigmoid LeNets."""
+    """The engine as it is recommended for sigmoid LeNets, or at the settings of `published`."""
+    if setting.model != "lenet":
+        return GradientMatching(
+            objective=Cosine(),
+            priors=[TotalVariation(weight=1e-2)],
+            optimizer=Adam(lr=0.1, signed=True, schedule="drops"),
+            project=True,
+            objective_scale=1.0,
+            stopping=Stopping(setting.steps, 0.0, setting.steps, math.inf),
+            restarts=1,
+        )
     return MAP() if setting.likely else Peeling(fallback=GradientMatching(start="grey"))
 
 
@@ -309,25 +393,32 @@ def auxiliary(setting: Setting, images: Images, victims: Sequence[Victim], seed:
 
 
 def run_engine(
-    name: str, victims: Sequence[Victim], device: str, seed: int, granted: tuple[Tensor, Tensor] | None = None
+    name: str,
+    setting: Setting,
+    victims: Sequence[Victim],
+    device: str,
+    seed: int,
+    granted: tuple[Tensor, Tensor] | None = None,
+    own: bool = False,
 ) -> Row:
-    """Time the engine on all victims in one call."""
-    setting = SETTINGS[name]
-    knowledge = Knowledge(LeNet(setting.shape, setting.classes), setting.shape, setting.classes, auxiliary=granted)
+    """Time the engine on all victims in one call; our best in any case if it is `own`."""
+    method = "fedleak" if own else "engine"
+    knowledge = Knowledge(setting.network(), setting.shape, setting.classes, auxiliary=granted)
     observations = [victim.observation for victim in victims]
 
     def progress(state: Progress) -> None:
         say(
-            f"{name} engine: {state.done}/{state.problems} done, {state.converged} converged, "
+            f"{name} {method}: {state.done}/{state.problems} done, {state.converged} converged, "
             f"{state.evaluations_per_second:.0f} evaluations/s"
         )
 
     start = clock()
     guesses = [guess(observation) for observation in observations]
-    results = engine(setting).invert(observations, guesses, knowledge, Run(device, seed, on_progress=progress))
+    inversion = Chooser() if own else engine(setting)
+    results = inversion.invert(observations, guesses, knowledge, Run(device, seed, on_progress=progress))
     seconds = clock() - start
-    hits = [recovered(result.images, victim.images) for result, victim in zip(results, victims, strict=True)]
-    return row(name, "engine", hits, [result.evaluations for result in results], setting.batch_size, seconds)
+    found = [errors(result.images, victim.images) for result, victim in zip(results, victims, strict=True)]
+    return row(name, method, found, [result.evaluations for result in results], seconds)
 
 
 def say(line: str) -> None:
@@ -337,7 +428,19 @@ def say(line: str) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
-    head = ("setting", "method", "victims", "success", "evaluations", "seconds", "successes/s", "ratio")
+    head = (
+        "setting",
+        "method",
+        "victims",
+        "success",
+        "evaluations",
+        "seconds",
+        "successes/s",
+        "ratio",
+        "rate",
+        "ratio",
+        "MSE",
+    )
     lines = [head] + [
         (
             r.setting,
@@ -348,6 +451,9 @@ def table(rows: Sequence[Row]) -> str:
             f"{r.seconds:.2f}",
             f"{r.successes_per_second:.3g}",
             f"{r.ratio:.1f}",
+            f"{r.rate:.4g}",
+            f"{r.rate_ratio:.1f}",
+            f"{r.median_mse:.2g}",
         )
         for r in rows
     ]
@@ -355,14 +461,21 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
+def compared(fast: Row, slow: Row) -> Row:
+    """The row with its ratios to plain's."""
+    ratio = fast.successes_per_second / slow.successes_per_second if slow.success_rate else math.inf
+    return replace(fast, ratio=ratio if fast.success_rate else 0.0, rate_ratio=fast.rate / slow.rate)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="The plain baseline against the engine, on the same victims.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with mnist/ and cifar100/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with mnist/, cifar10/ and cifar100/")
     parser.add_argument("--victims", type=int, default=32, help="updates to attack in each setting")
     parser.add_argument("--plain-victims", type=int, help="time the baseline on the first so many only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--setting", choices=SETTINGS, action="append", help="may be repeated; default: all")
+    parser.add_argument("--setting", choices=SETTINGS, action="append", help="may be repeated; default: all LeNets")
+    parser.add_argument("--steps", type=int, default=2400, help="of Inverting Gradients' settings")
     parser.add_argument("--output", type=Path, help="the CSV to write")
     parser.add_argument(
         "--processor-time",
@@ -371,6 +484,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error("--steps must be at least 1")
     if options.victims < 1 or (options.plain_victims is not None and not 1 <= options.plain_victims <= options.victims):
         parser.error("--victims must be at least 1, and --plain-victims from 1 to --victims")
     global clock
@@ -382,15 +497,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"plain: timed on the first {count} of {options.victims} victims")
     nn.Linear(8, 8).to(options.device)(torch.zeros(8, 8, device=options.device))  # start the device outside the timing
     rows: list[Row] = []
-    for name in options.setting or SETTINGS:
-        setting = SETTINGS[name]
+    for name in options.setting or LENETS:
+        setting = replace(SETTINGS[name], steps=options.steps)
         images = Images(options.data / setting.data, setting.data)
         victims = make_victims(setting, images, options.victims, options.seed, options.device)
         granted = auxiliary(setting, images, victims, options.seed)
-        fast = run_engine(name, victims, options.device, options.seed, granted)
-        slow = run_plain(name, victims[:count], options.device, options.seed)
-        ratio = fast.successes_per_second / slow.successes_per_second if slow.success_rate else math.inf
-        rows += [slow, Row(**{**asdict(fast), "ratio": ratio if fast.success_rate else 0.0})]
+        quick = [run_engine(name, setting, victims, options.device, options.seed, granted)]
+        if name == "cnn":
+            quick.append(run_engine(name, setting, victims, options.device, options.seed, own=True))
+        slow = run_plain(name, setting, victims[:count], options.device, options.seed)
+        rows += [slow, *(compared(fast, slow) for fast in quick)]
         if options.output:
             with options.output.open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(asdict(rows[0])))

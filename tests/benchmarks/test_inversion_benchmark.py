@@ -88,7 +88,9 @@ def test_a_run_writes_a_row_for_each_method(data, tmp_path, capsys, monkeypatch)
         ("mnist", "plain", "1"),
         ("mnist", "engine", "2"),
     ]
-    columns = "setting,method,victims,success_rate,evaluations,seconds,successes_per_second,ratio"
+    columns = (
+        "setting,method,victims,success_rate,evaluations,seconds,successes_per_second,ratio,rate,rate_ratio,median_mse"
+    )
     assert ",".join(rows[0]) == columns
     assert float(rows[1]["success_rate"]) == 1
     printed = capsys.readouterr().out
@@ -124,3 +126,19 @@ def test_noise_stands_between_the_update_and_the_attacker(data):
     )
     gap = noisy.observation.update["fc.weight"] - plain.observation.update["fc.weight"]
     assert float(gap.std()) == pytest.approx(1e-3, rel=0.05)
+
+
+def test_inverting_gradients_settings_are_timed_as_a_loop_and_at_once(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "Chooser", lambda: bench.Peeling(bench.engine(bench.SETTINGS["cnn"])))
+    monkeypatch.setitem(bench.SETTINGS, "cnn", dataclasses.replace(bench.SETTINGS["cnn"], steps=4))
+    output = tmp_path / "out.csv"
+    arguments = ["--data", str(data), "--victims", "2", "--setting", "cnn", "--steps", "4", "--device", "cpu"]
+    bench.main([*arguments, "--output", str(output)])
+    rows = list(csv.DictReader(output.open()))
+    assert [(r["method"], r["victims"]) for r in rows] == [("plain", "2"), ("engine", "2"), ("fedleak", "2")]
+    assert all(float(r["rate"]) > 0 and float(r["median_mse"]) > 0 for r in rows)
+    assert float(rows[1]["rate_ratio"]) == pytest.approx(float(rows[1]["rate"]) / float(rows[0]["rate"]))
+    with pytest.raises(SystemExit):
+        bench.main([*arguments[:-3], "0"])
+    assert bench.SETTINGS["resnet18"].network()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    assert bench.SETTINGS["convnet"].network()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

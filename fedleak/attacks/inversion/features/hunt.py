@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fedleak.attacks.image_prior import ImagePrior
+from fedleak.attacks.image_prior import ImagePrior, natural_prior
 from fedleak.attacks.inversion.features.body import Body
 from fedleak.attacks.inversion.features.search import Cooling, Search
 from fedleak.attacks.inversion.features.undo import Lower, undo_convolution
@@ -20,6 +20,9 @@ _EXACT = 1e-4
 """Of a lower body's error, up to which further starts begin below at once."""
 _ROUGH = 0.35
 """Of the evaluations, before a convolution is undone: most winners are right early."""
+_FLAT = 0.5
+"""Power of the natural spectrum in a lower body, whose features tell all but the finest detail; auxiliary images lead
+to fewer exact ones there."""
 _FEATURES, _VARIATION = 0.1, 0.6
 """Weights in a lower body: its features are sharper, and its images need fewer edges to begin with."""
 
@@ -67,9 +70,10 @@ class Hunt:
         cooling: Cooling,
         late: Callable[[], bool],
     ) -> None:
-        self.body, self.gradients, self.prior, self.cooling, self.late = body, gradients, prior, cooling, late
+        self.body, self.gradients, self.cooling, self.late = body, gradients, cooling, late
         rough = replace(cooling, evaluations=math.ceil(cooling.evaluations * _ROUGH))
         self.whole = self.judge = Search(body, features, gradients, prior, rough)
+        self.fine = natural_prior(body.image_shape).tempered(_FLAT).to(prior.mean.device)
         self.found = Found(torch.empty(0))
 
     def run(self, points: Iterable[Tensor], most: int) -> Found:
@@ -90,9 +94,9 @@ class Hunt:
                 lower = self._below(self.whole.images(z))
                 exact = self._exact(lower)
                 if exact is None and lower is not None:
-                    self._searched(self._search(lower), z)
+                    self._searched(self._search(lower), self._fine(z))
             if exact is not None:
-                self._searched(exact, z)
+                self._searched(exact, self._fine(z))
             self.whole.cooling = self.cooling  # where winners were wrong, further starts look longer
             each = len(z) * self.cooling.stages * self.cooling.evaluations
             cost = self.found.evaluations - before if exact is None else each
@@ -125,7 +129,11 @@ class Hunt:
         names = [name for layer in lower.body.layers for name in layer.parameters]
         gradients = {name: self.gradients[name] for name in names}
         cooling = replace(self.cooling, features=_FEATURES, variation=_VARIATION)
-        return Search(lower.body, lower.features, gradients, self.prior, cooling, lower.known)
+        return Search(lower.body, lower.features, gradients, self.fine, cooling, lower.known)
+
+    def _fine(self, z: Tensor) -> Tensor:
+        """The same images in the coordinates of searches below."""
+        return self.fine.coordinates(self.whole.images(z)).to(z)
 
     def _searched(self, search: Search, z: Tensor) -> Tensor:
         """What the starts at `z` end with; the best image is kept."""
