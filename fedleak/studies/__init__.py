@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedleak.studies.aggregation import Aggregation
     from fedleak.studies.base import Job, Results, Study, build_study, run_study
     from fedleak.studies.batch_size import BatchSize
     from fedleak.studies.biased_data import BiasedData
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fedleak.studies.rounds import Rounds
 
 __all__ = [
+    "Aggregation",
     "BatchSize",
     "BiasedData",
     "Cells",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Aggregation": "fedleak.studies.aggregation",
     "BatchSize": "fedleak.studies.batch_size",
     "BiasedData": "fedleak.studies.biased_data",
     "Cells": "fedleak.studies.federations",

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from fedleak.attacks import Attack, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.map.attack import image_prior
@@ -36,6 +37,9 @@ from fedleak.truth import Truth
 CONTROL = "noise"
 """The client whose change of the weights is noise of the same size."""
 
+_LIMITED = 8
+"""Images up to which the least possible error is computed."""
+
 
 @dataclass
 class LocalSteps(Study):
@@ -46,7 +50,9 @@ class LocalSteps(Study):
         attacks: name -> overrides that choose and set the attack.
         networks: of each client.
         order: ``known`` tells the attack which label belongs to which step, ``unknown`` their counts alone.
-        limits: of how many networks of each client the least possible error is computed.
+        limits: of how many networks of each client the least possible error is computed; of up to eight images.
+        fewer: attack -> networks, where `networks` would take too long.
+        largest: attack -> images behind an update, at most, for attacks that take too long on more.
     """
 
     clients: Mapping[str, Sequence[str]]
@@ -54,11 +60,20 @@ class LocalSteps(Study):
     networks: int
     order: str = "known"
     limits: int = 0
+    fewer: Mapping[str, int] | None = None
+    largest: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
+        self._possible: dict[tuple[str, int], Tensor] = {}
         require("networks", self.networks, whole(1))
         require("order", self.order, one_of("known", "unknown"))
         require("limits", self.limits, whole(0))
+        for key, counted in (("fewer", self.fewer), ("largest", self.largest)):
+            for attack, count in (counted or {}).items():
+                require(f"{key}.{attack}", count, whole(1))
+                if attack not in self.attacks:
+                    known = ", ".join(self.attacks)
+                    raise UsageError(f"study.{key}.{attack}: no such attack here; known: {known}")
 
     def check(self, job: Job) -> None:
         """The data are there, and there is an attack for every client."""
@@ -73,11 +88,12 @@ class LocalSteps(Study):
         cells = [(client, attack) for client in self.clients for attack in self._fitting(job, client)]
         first = next(iter(self.clients))
         cells += [(CONTROL, attack) for attack in self._fitting(job, first)]
-        with job.console.steps("clients", self.networks * len(cells)) as advance:
-            for client, name in cells:
+        networks = [min(self.networks, (self.fewer or {}).get(attack, self.networks)) for _, attack in cells]
+        with job.console.steps("clients", sum(networks)) as advance:
+            for (client, name), count in zip(cells, networks, strict=True):
                 attack, setup = self._cell(job, first if client == CONTROL else client, name)
                 known = self._knowledge(job, data)
-                for number in range(self.networks):
+                for number in range(count):
                     results.add(self._attacked(job, data, (client, name, number), attack, setup, known))
                     advance(1, f"{name} on {client}")
         summary = by_group(results.frame, ["client", "attack"], _row)
@@ -90,8 +106,10 @@ class LocalSteps(Study):
         found, refused = [], None
         for attack in self.attacks:
             try:
-                self._cell(job, client, attack)
-                found.append(attack)
+                _, setup = self._cell(job, client, attack)
+                samples = setup.federation.local_steps * setup.federation.batch_size
+                if samples <= (self.largest or {}).get(attack, samples):
+                    found.append(attack)
             except UsageError as error:
                 refused = error
         if refused is not None and not found:
@@ -118,10 +136,11 @@ class LocalSteps(Study):
         labels = truth.labels if self.order == "known" else truth.labels.sort().values
         guess = LabelGuess(labels[None], torch.ones(1))
         (found,) = attack.inversion.invert([observation], [guess], known, Run(job.device, job.seed))
-        possible = None
-        if client != CONTROL and number < self.limits:
+        possible = self._possible.get((client, number))
+        if possible is None and client != CONTROL and number < self.limits and len(labels) <= _LIMITED:
             prior = image_prior(known)
             possible = limit_of(observation, truth, known, setup.training, NoDefense(), prior).mse
+            self._possible[client, number] = possible
         rows = []
         for image, pair in enumerate(match(found, truth, similarity=False)):
             row = {"client": client, "attack": name, "network": number, "image": image, "mse": pair.mse}

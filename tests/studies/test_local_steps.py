@@ -18,13 +18,14 @@ def job(folder: Path) -> Job:
 
 
 def test_it_runs_on_the_digits(tmp_path: Path):
-    study = LocalSteps(CLIENTS, ATTACKS, networks=1)
+    study = LocalSteps(CLIENTS, ATTACKS, networks=2, fewer={"unrolled": 1}, largest={"unrolled": 2})
     study.check(job(tmp_path))
     study.run(job(tmp_path))
     summary = pd.read_csv(tmp_path / "summary.csv").set_index("client")
     assert list(summary.index) == ["2 x 1", "noise"]
     assert summary.loc["2 x 1", "median_mse"] < 0.8 * summary.loc["noise", "median_mse"]
     assert summary.loc["noise", "recovered"] == 0
+    assert (summary["networks"] == 1).all()
     assert (tmp_path / "recovered.png").stat().st_size > 0
 
 
@@ -39,3 +40,12 @@ def test_impossible_settings_are_refused():
     for name, value in (("networks", 0), ("order", "guessed"), ("limits", -1)):
         with pytest.raises(UsageError, match=rf"study\.{name}"):
             LocalSteps(**{"clients": {}, "attacks": {}, "networks": 1, name: value})
+
+    for name in ("fewer", "largest"):
+        with pytest.raises(UsageError, match=rf"study\.{name}\.mapp: no such attack here; known: unrolled"):
+            LocalSteps(CLIENTS, ATTACKS, 1, **{name: {"mapp": 1}})
+
+
+def test_attacks_that_take_too_long_on_large_updates_are_left_out(tmp_path: Path):
+    few = LocalSteps(CLIENTS, ATTACKS | {"again": ATTACKS["unrolled"]}, networks=1, largest={"again": 1})
+    assert few._fitting(job(tmp_path), "2 x 1") == ["unrolled"]
