@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +128,19 @@ def frontier(arguments: list[str]) -> int:
 
 def _refuse(setup: Setup, overrides: Sequence[str], folder: Path) -> None:
     """Raise `UsageError` for what cannot work: every part is built, and the data and the disk are looked at."""
+    try:
+        _check(setup, overrides, folder)
+    except (FedleakError, MemoryError):
+        raise
+    except Exception as error:  # of a combination that nobody thought of: refused all the same, before any work
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise UsageError(
+            f"this configuration cannot be used: {type(error).__name__}: {error} ({Path(where.filename).name}, line "
+            f"{where.lineno}); change the last of what you gave, or report it"
+        ) from error
+
+
+def _check(setup: Setup, overrides: Sequence[str], folder: Path) -> None:
     from fedleak.footprint import footprint, refuse_folder
     from fedleak.prepare import prepare
 

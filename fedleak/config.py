@@ -38,7 +38,7 @@ def compose_config(overrides: Sequence[str], root: str = "config") -> DictConfig
             raise UsageError(f"{override.input_line}: no choice; name one, see fedleak list")
     try:
         return _compose(overrides, root)
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # Hydra and OmegaConf have their own, and let others through
         problem = error
     # Outside the handler: explaining composes again, which Hydra allows one at a time.
     raise UsageError(_explain(problem, overrides, root)) from problem

@@ -70,7 +70,7 @@ def locate(path: Any, key: str) -> Callable[..., Any]:
         module_name = ".".join(parts[:cut])
         try:
             found: Any = importlib.import_module(module_name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             missing = error.name if isinstance(error, ModuleNotFoundError) else None
             if missing and (module_name == missing or module_name.startswith(missing + ".")):
                 continue  # no such module: the last part may be a class in it
@@ -122,6 +122,6 @@ def instantiate(node: Any, key: str) -> Any:
         return target(**values)
     except FedleakError:
         raise
-    except Exception as error:  # a class of anyone's, given anything
+    except (Exception, SystemExit) as error:  # a class of anyone's, given anything
         why = f"{error}" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
         raise UsageError(f"{key}: {node['_target_']} refused {values}: {why}") from error

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from fedleak import files
+from fedleak.errors import UsageError
 from fedleak.evaluation.judge import Judgement
 from fedleak.evaluation.tables import leakage_by_round, round_table, side_by_side, summarise
 from fedleak.tracking import NoTracker, Tracker, finite
@@ -55,7 +56,7 @@ def write_outcome(
             summary and in the report.
     """
     attacks, leakage, kept = judgement.attacks, judgement.leakage, judgement.reconstructions
-    rounds = pd.read_csv(run_dir / "rounds.csv") if (run_dir / "rounds.csv").exists() else pd.DataFrame()
+    rounds = read_rounds(run_dir / "rounds.csv")
     write_csv(attacks, folder / "attacks.csv")
     write_csv(leakage, folder / "leakage.csv")
     if kept is not None:
@@ -94,6 +95,21 @@ def _tell(
             tracker.keep(path.absolute())
     tracker.finish(finite(summary))
     return report
+
+
+def read_rounds(path: Path) -> pd.DataFrame:
+    """A run's ``rounds.csv``, empty where there is none; raises `UsageError` where it holds something else."""
+    if not path.exists():
+        return pd.DataFrame()
+    try:
+        table = pd.read_csv(path)
+        if "round" not in table or not all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes):
+            raise ValueError("not a table of rounds")
+        if not pd.api.types.is_integer_dtype(table["round"]) or table["round"].duplicated().any():
+            raise ValueError("rounds that are none")
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise UsageError(f"{path}: damaged ({error}); restore it, or remove it") from error
+    return table
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

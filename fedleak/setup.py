@@ -309,6 +309,9 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
         for key in config[group]:
             if key not in known:
                 raise UsageError(f"{group}.{key}: unknown key; {suggest(key, known)}")
+    data = config["data"]
+    if isinstance(data, Mapping) and not YES_NO.test(data.get("download", False)):
+        raise UsageError(f"data.download={data['download']}: must be {YES_NO.mend}")
     federation, threat = Federation(**config["federation"]), ThreatModel(**config["threat"])
     once = federation.local_steps == federation.epochs == 1
     if threat.per_sample_gradients and (federation.payload != "gradient" or not once):

@@ -20,7 +20,7 @@ from fedleak.attacks.results import Progress, Reconstruction, StopReason
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.attacks.views import Updates, View
 from fedleak.capture import Observation
-from fedleak.errors import UsageError
+from fedleak.errors import FedleakError, UsageError, printable
 from fedleak.threat import ThreatModel
 from fedleak.training import LocalTraining
 
@@ -181,7 +181,16 @@ class Attack:
         if pending:
             run = Run(device, seed, seconds, keep, on_progress)
             candidates = max(self.candidates, self.inversion.label_candidates)
-            guesses = self.labels.infer(pending, knowledge, run, candidates=candidates)
+            guesses, refused = _infer(self.labels, pending, knowledge, run, candidates)
+            for index, why in refused.items():
+                results[todo[index]] = _unusable(replace(pending[index], error=why), knowledge)
+            if refused:
+                log.warning(
+                    "%d of %d updates are not attacked: %s", len(refused), len(pending), next(iter(refused.values()))
+                )
+                left = [i for i in range(len(pending)) if i not in refused]
+                todo, assumed = [todo[i] for i in left], [assumed[i] for i in left]
+                pending = [pending[i] for i in left]
             share = (time.perf_counter() - start) / len(pending)
             self.inversion.invert(pending, guesses, knowledge, run)
         missing = [seen[i] for i in todo if results[i] is None]
@@ -189,6 +198,31 @@ class Attack:
             where = f"round {missing[0].round}, client {missing[0].client}"
             raise RuntimeError(f"{type(self.inversion).__name__} gave no result for {where}")
         return [result for result in results if result is not None]
+
+
+def _infer(
+    labels: LabelInference, pending: Sequence[Observation], knowledge: Knowledge, run: Run, candidates: int
+) -> tuple[list[LabelGuess | None], dict[int, str]]:
+    """The label guesses of those updates that tell anything, in order, and why the others do not, by index.
+
+    Raises:
+        FedleakError: none tells anything.
+    """
+    try:
+        return labels.infer(pending, knowledge, run, candidates=candidates), {}
+    except FedleakError:
+        if len(pending) == 1:
+            raise
+    refused: dict[int, str] = {}  # one client's update must not stop the attack on the others
+    for index, observation in enumerate(pending):
+        try:
+            labels.infer([observation], knowledge, run, candidates=candidates)
+        except FedleakError as error:
+            refused[index] = printable(error)
+            if len(refused) == len(pending):
+                raise
+    rest = [o for index, o in enumerate(pending) if index not in refused]
+    return labels.infer(rest, knowledge, run, candidates=candidates), refused
 
 
 def at_hand(observations: Sequence[Observation], knowledge: Knowledge) -> tuple[list[Observation], Knowledge]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedleak import tensorfile
 from fedleak.attacks.results import Reconstruction
+from fedleak.errors import UsageError
 
 
 class ReconstructionStore:
@@ -43,7 +45,12 @@ class ReconstructionStore:
     def load(self, round: int, client: int) -> Reconstruction | None:
         """One reconstruction, or None if it is not finished; raises `UsageError` if its file is damaged."""
         path = self._path(round, client)
-        return self._read(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = self._read(path)
+        if (found.round, found.client) != (round, client):
+            raise UsageError(f"{path}: is of another update; remove it, or restore it")
+        return found
 
     def __iter__(self) -> Iterator[Reconstruction]:
         return (self._read(path) for path in sorted(self.folder.glob("round-*.safetensors")))
@@ -51,6 +58,13 @@ class ReconstructionStore:
     @staticmethod
     def _read(path: Path) -> Reconstruction:
         tensors, header = tensorfile.load(path)
+        try:
+            return ReconstructionStore._made(tensors, header)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{path}: holds no reconstruction ({error}); remove it, or restore it") from error
+
+    @staticmethod
+    def _made(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> Reconstruction:
         header["trace"] = [(int(evaluations), float(objective)) for evaluations, objective in header["trace"]]
         # Files from before snapshots were kept have none.
         header["snapshots"] = list(zip(header.get("snapshots", []), tensors.pop("snapshots", []), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,6 +25,8 @@ from fedleak.setup import Setup
 from fedleak.threads import one_thread
 from fedleak.training import LocalTraining
 from fedleak.truth import Truth, TruthStore
+
+log = logging.getLogger("fedleak")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ def judge(attacked: Attacked, truths: TruthStore, setup: Setup) -> Judgement:
     """Join every reconstruction with its ground truth, where there is one, and repeat the client's training on it."""
     attacks, leakage, matches = [], [], []
     behind = [truth_behind(observation, truths.load) for observation in attacked.observations]
+    missing = sum(truth is None for truth in behind)
+    if missing:
+        log.warning(
+            "the truth of %d of %d updates is not there: their images and labels are not judged", missing, len(behind)
+        )
     limits: dict[int, Limit] = {}
     if setup.limit == "auto":
         defense = setup.defense.build(Defense)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
@@ -12,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor, nn
 
 from fedleak.condensation.store import load_condensed
+from fedleak.config import Rule, is_number, whole
 from fedleak.data import ImageData, to_float
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
@@ -169,6 +171,7 @@ def build_strategy(scenario: Scenario) -> Repeatable:
         UsageError: it cannot be built, or not for this federation.
     """
     federation = scenario.federation
+    _check_strategy(scenario.strategy.node)
     if federation.payload == "gradient" and scenario.strategy.name in CLIPPING:
         raise UsageError(
             f"strategy={scenario.strategy.name}: its clients clip new weights, and here they send gradients; choose "
@@ -185,6 +188,32 @@ def build_strategy(scenario: Scenario) -> Repeatable:
         step=federation.lr_in if federation.payload == "gradient" else None,
         most_examples=max(federation.batch_size * federation.local_steps, max(map(len, scenario.parts))),
     )
+
+
+ABOVE_ZERO = Rule(lambda v: is_number(v) and v > 0, "a number above 0")
+FROM_ZERO = Rule(lambda v: is_number(v) and v >= 0, "a number from 0")
+SHARE = Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0, below 1")
+STRATEGY_RULES = {
+    **dict.fromkeys(("eta", "eta_l", "tau", "server_learning_rate", "clipping_norm"), ABOVE_ZERO),
+    **dict.fromkeys(("initial_clipping_norm", "clip_norm_lr"), ABOVE_ZERO),
+    **dict.fromkeys(("noise_multiplier", "proximal_mu"), FROM_ZERO),
+    **dict.fromkeys(("beta", "beta_1", "beta_2", "server_momentum"), SHARE),
+    "target_clipped_quantile": Rule(lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "num_malicious_nodes": whole(0),
+    **dict.fromkeys(("num_nodes_to_select", "num_sampled_clients"), whole(1)),
+}
+"""Of Flower's strategies, which take anything."""
+
+
+def _check_strategy(node: Any, key: str = "strategy") -> None:
+    """Raise `UsageError` for a setting of Flower's strategies that would fail, or make nonsense, rounds later."""
+    if not isinstance(node, Mapping) or not str(node.get("_target_")).startswith("flwr."):
+        return
+    for name, value in node.items():
+        rule = STRATEGY_RULES.get(name)
+        if rule is not None and not rule.test(value):
+            raise UsageError(f"{key}.{name}={value}: must be {rule.mend}")
+    _check_strategy(node.get("strategy"), f"{key}.strategy")
 
 
 def _condensed(root: str, data: ImageData) -> tuple[Tensor, Tensor]:

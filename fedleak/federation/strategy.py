@@ -257,6 +257,9 @@ def _take_sampling(strategy: Strategy, count: int) -> None:
     """Let a strategy, and those that it wraps, take every node that it meets."""
     inner: Any = strategy
     while inner is not None:
+        if not isinstance(inner, Strategy):
+            raise UsageError(f"strategy.strategy={inner}: must be a strategy, a _target_ with its settings")
+        inner = cast(Any, inner)
         if getattr(inner, "fraction_train", 1.0) != 1.0:
             raise UsageError(f"strategy.fraction_train={inner.fraction_train}: give federation.fraction instead")
         expected = getattr(inner, "num_sampled_clients", count)

@@ -40,7 +40,7 @@ def build_model(part: Part, image_shape: tuple[int, int, int], classes: int, see
     settings, target = part.settings, part.target
     init = settings.pop("init", None) or "default"
     normalize = settings.pop("normalize", None)
-    if init not in INITIALISATIONS:
+    if not isinstance(init, str) or init not in INITIALISATIONS:
         raise UsageError(f"model.init={init} is unknown; choose one of {', '.join(INITIALISATIONS)}")
     factory = locate(target, part.key)
     arguments = _arguments(factory, target, settings, image_shape, classes)
