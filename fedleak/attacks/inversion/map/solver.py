@@ -37,6 +37,7 @@ class Settings:
         max_steps: Gauss-Newton steps of the last stage, at most.
         shrink: s is at most this share of the misfit.
         linear: s falls to this share of itself where the update did what a linear model foretold.
+        ahead: s is at least this share of the misfit: far ahead of it there is nothing but dead ends.
         forcing: conjugate gradients stop at this relative residual.
         patience: steps of conjugate gradients with an old preconditioner, and with a new one.
         last_patience: with an old one at the noise, where a new one serves the posterior too.
@@ -48,6 +49,7 @@ class Settings:
     max_steps: int = 60
     shrink: float = 0.3
     linear: float = 0.01
+    ahead: float = 1e-3
     forcing: float = 0.03
     patience: tuple[int, int] = (250, 150)
     last_patience: int = 40
@@ -255,6 +257,7 @@ class GaussNewton:
         over = ((state.gain < 0.2) | (state.trust > _LINEAR)) & (state.damping == 0)
         fall = torch.where(state.trust > _LINEAR, self.settings.linear, 0.1)
         lower = torch.minimum(torch.where(over, fall * state.s, state.s), self.settings.shrink * state.misfit)
+        lower = torch.minimum(state.s, lower.maximum(self.settings.ahead * state.misfit))
         state.s = torch.maximum(least, lower)
         before = self.objective(state.misfit, state.z, state.s)
         self.exact.at(self.images(state.z), self.labels)
