@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -79,6 +79,8 @@ def label_study(
     train: Callable[[nn.Module, Tensor, Tensor, int, torch.Generator], None] | None = None,
     seed: int = 0,
     on_cell: Callable[[str, str, int, int, float], None] | None = None,
+    earlier: Sequence[Mapping[str, Any]] = (),
+    on_rows: Callable[[pd.DataFrame], None] | None = None,
 ) -> pd.DataFrame:
     """Attack a fresh network in every run with every method, and score the labels.
 
@@ -101,6 +103,8 @@ def label_study(
         train: (model, images, labels, steps, generator) trains in place; by default Adam at 3e-3, batches of 64.
         seed: decides every random choice.
         on_cell: called with (method, partition, stage, batch size, mean label accuracy) after each.
+        earlier: rows of an interrupted study of the same settings: what all runs are in is not computed again.
+        on_rows: called with all rows so far after each.
 
     Returns:
         A row a method, partition, stage, batch size and run, in the columns of `COLUMNS`: `label_accuracy` is the
@@ -136,13 +140,28 @@ def label_study(
                     networks, (images, labels, classes), batch_size, partition, training, generator
                 )
                 for name, method in methods.items():
-                    scored = _score(method, observations, truth, knowledge, seed)
+                    where = name, data, partition, stage, batch_size
+                    before = _scored_before(earlier, where, runs)
+                    scored = before or _score(method, observations, truth, knowledge, seed)
                     rows += [(name, data, partition, stage, batch_size, run, *row) for run, row in enumerate(scored)]
                     if on_cell and scored:
                         on_cell(name, partition, stage, batch_size, sum(row[0] for row in scored) / runs)
+                    if on_rows is not None and scored and not before:
+                        on_rows(pd.DataFrame(rows, columns=COLUMNS))
     frame = pd.DataFrame(rows, columns=COLUMNS)
     frame.attrs["accuracy"] = accuracies
     return frame
+
+
+def _scored_before(
+    earlier: Sequence[Mapping[str, Any]], where: tuple[object, ...], runs: int
+) -> list[tuple[float, bool, float, float]] | None:
+    """What `_score` found of a cell before a study was interrupted, None where that is not all there."""
+    found = [row for row in earlier if tuple(row[column] for column in COLUMNS[:5]) == where]
+    by_run = {row["run"]: row for row in found}
+    if sorted(by_run) != list(range(runs)):
+        return None
+    return [tuple(by_run[run][column] for column in COLUMNS[6:]) for run in range(runs)]
 
 
 def adam(network: nn.Module, images: Tensor, labels: Tensor, steps: int, generator: torch.Generator) -> None:

@@ -72,6 +72,9 @@ class Aggregation(Study):
             for seen, count in cells:
                 attack = self._attack(job, count)
                 for number in range(self.networks):
+                    if results.take(seen=seen, clients=count, network=number):
+                        advance(1, "taken from the earlier run")
+                        continue
                     observation, truth, known = self._victims(job, data, seen, count, number)
                     (found,) = attack([observation], known, device=job.device, seed=job.seed)
                     results.add([{"seen": seen, "clients": count, "network": number, **judge(found, truth)}])

@@ -52,8 +52,9 @@ class Job:
         return self.setup.torch_device
 
     def results(self, name: str = "results.csv") -> Results:
-        """An empty table of raw rows in this job's folder."""
-        return Results(self.folder / name)
+        """An empty table of raw rows in this job's folder, which knows those of a study that was interrupted there."""
+        path = self.folder / name
+        return Results(path, read_rows(path) if self.resume and path.exists() else ())
 
     def methods(self, names: Sequence[str], key: str = "study.methods") -> dict[str, LabelInference]:
         """Choices of ``attack/labels``, the user's own too; raises `UsageError` that says `key` where one is none."""
@@ -85,11 +86,19 @@ class Results:
 
     Args:
         path: of the CSV file.
+        earlier: rows that an interrupted study had finished, which `take` takes over.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, earlier: Sequence[Mapping[str, Any]] = ()) -> None:
         self.path = path
         self.rows: list[Mapping[str, Any]] = []
+        self.earlier = earlier
+
+    def take(self, **where: Any) -> int:
+        """Take over the rows of an interrupted study that hold these values; how many there were."""
+        found = [row for row in self.earlier if all(row.get(key) == value for key, value in where.items())]
+        self.rows += found
+        return len(found)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keep rows, each column name -> value, and write them all."""
@@ -101,6 +110,18 @@ class Results:
     def frame(self) -> pd.DataFrame:
         """All rows so far."""
         return pd.DataFrame(self.rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a study's CSV file, None for empty cells; raises `UsageError` where it is damaged."""
+    try:
+        frame = pd.read_csv(path)
+    except pd.errors.EmptyDataError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: damaged ({error}); restore it, or remove it and begin anew") from error
+    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return [{str(column): value for column, value in row.items()} for row in rows]
 
 
 def build_study(setup: Setup) -> Study:

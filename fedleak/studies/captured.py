@@ -11,6 +11,7 @@ import torch
 
 from fedleak.attacks import Attack, Knowledge, LabelInference, Progress, Run
 from fedleak.attacks.attack import assume_one_step
+from fedleak.attacks.store import ReconstructionStore
 from fedleak.capture import CaptureStore, Observation
 from fedleak.errors import UsageError
 from fedleak.evaluation.judge import truth_behind
@@ -104,7 +105,9 @@ def run_and_attack(
         victims, matches = captured.some(moments[name], clients), []
         if victims.observations:
             with job.console.attack(attack.name, len(victims.observations)) as on_progress:
-                matches = attack_images(victims, attack, device=job.device, seed=setup.seed, on_progress=on_progress)
+                kept = ReconstructionStore(outcome.folder / "victims")
+                how: dict[str, Any] = {"device": job.device, "seed": setup.seed, "on_progress": on_progress}
+                matches = attack_images(victims, attack, store=kept, **how)
         yield Attacked(name, outcome, captured, labels, matches)
 
 
@@ -129,10 +132,12 @@ def attack_images(
     *,
     device: torch.device,
     seed: int,
+    store: ReconstructionStore | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> list[Match]:
     """A pair of private and rebuilt image for each private image, in the order of the updates that the attack sees."""
-    found = attack(captured.observations, captured.knowledge, device=device, seed=seed, on_progress=on_progress)
+    how: dict[str, Any] = {"device": device, "seed": seed, "store": store, "on_progress": on_progress}
+    found = attack(captured.observations, captured.knowledge, **how)
     truths = {(truth.round, truth.client): truth for truth in captured.truths}
     seen = zip(attack.view(captured.observations), found, strict=True)
     pairs = (match(one, truth_behind(observation, lambda *where: truths.get(where))) for observation, one in seen)

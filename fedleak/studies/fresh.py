@@ -27,7 +27,7 @@ from fedleak.instantiate import Part
 from fedleak.models import build_model
 from fedleak.outcome import write_csv
 from fedleak.seeding import derive_seed, generator
-from fedleak.studies.base import Job, Study, require
+from fedleak.studies.base import Job, Study, read_rows, require
 from fedleak.studies.captured import Captured
 from fedleak.studies.federations import cell_attack
 from fedleak.studies.named_data import load_named
@@ -83,9 +83,7 @@ def earlier_rows(folder: Path, job: Job, said: str) -> list[dict[str, Any]]:
     differing += [key for key, value in (("seed", job.seed), ("model", job.setup.model.node)) if before[key] != value]
     if differing:
         raise UsageError(f"study.resume={said}: {differing[0]} was another there; give the same, or begin anew")
-    frame = pd.read_csv(results)
-    rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
-    return [{str(column): value for column, value in row.items()} for row in rows]
+    return read_rows(results)
 
 
 def draw_victims(
@@ -203,14 +201,15 @@ class FreshNetworks(Study):
         """Attack every cell's networks, a row a network in ``results.csv``; then summary and pictures."""
         data, results = self._data(job), job.results()
         cells = list(self.cells(data))
-        earlier = [] if self.resume is None else earlier_rows(Path(self.resume), job, self.resume)
+        earlier = results.earlier if self.resume is None else earlier_rows(Path(self.resume), job, self.resume)
         with job.console.steps("networks", sum(cell.networks for cell in cells)) as advance:
             for cell in cells:
                 done = [row for row in earlier if cell.holds(row)]
-                results.add(done)
+                results.rows += done  # on disk with the next ones: what is there already must not get shorter
                 advance(len(done), "taken from the earlier run")
                 for rows in self._attacked(job, data[cell.data], cell, advance, {row["network"] for row in done}):
                     results.add(rows)
+        results.add([])
         summary = self.summarise(results.frame)
         write_csv(summary, job.folder / "summary.csv")
         self.draw(results.frame, summary, job)

@@ -86,6 +86,8 @@ class LabelInferenceStudy(Study):
                 training=training,
                 seed=job.seed,
                 on_cell=on_cell,
+                earlier=job.results("labels.csv").earlier,
+                on_rows=lambda rows: write_csv(rows, job.folder / "labels.csv"),
             )
         write_csv(frame, job.folder / "labels.csv")
         summary = summarise(frame)

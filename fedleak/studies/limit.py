@@ -85,6 +85,10 @@ class LimitStudy(Study):
                 victims = replace(victims, knowledge=knowledge)
                 prior = image_prior(knowledge)
                 for number in range(self.networks):
+                    where = {"batch_size": batch_size, "network": number, "defense": defense, "strength": strength}
+                    if number > 0 and results.take(**where):  # the first one is drawn
+                        advance(1, "taken from the earlier run")
+                        continue
                     rows, pair = self._attacked(victims, number, defense, strength, prior, job)
                     results.add({"batch_size": batch_size, "network": number, **row} for row in rows)
                     shown.setdefault((batch_size, defense, strength), pair)

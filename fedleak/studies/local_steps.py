@@ -94,7 +94,8 @@ class LocalSteps(Study):
                 attack, setup = self._cell(job, first if client == CONTROL else client, name)
                 known = self._knowledge(job, data)
                 for number in range(count):
-                    results.add(self._attacked(job, data, (client, name, number), attack, setup, known))
+                    if not results.take(client=client, attack=name, network=number):
+                        results.add(self._attacked(job, data, (client, name, number), attack, setup, known))
                     advance(1, f"{name} on {client}")
         summary = by_group(results.frame, ["client", "attack"], _row)
         write_csv(summary, job.folder / "summary.csv")

@@ -190,3 +190,14 @@ def test_bad_input_is_one_clear_line(capsys, tmp_path, experiment, override, mes
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_study_is_resumed_in_its_own_folder(tmp_path):
+    assert main(["run", *SMALL_TABLE, "study.networks=3", f"output_dir={tmp_path / 'run'}"]) == 0
+    path = tmp_path / "run" / "results.csv"
+    whole = pd.read_csv(path)
+    whole.assign(seconds=7.0).iloc[:2].to_csv(path, index=False)
+    assert main(["run", f"resume={tmp_path / 'run'}"]) == 0
+    rows = pd.read_csv(path)
+    assert (rows["seconds"] == 7.0).tolist() == [True, True, False]
+    pd.testing.assert_frame_equal(rows.drop(columns="seconds"), whole.drop(columns="seconds"))

@@ -21,6 +21,16 @@ def test_the_study_writes_its_tables_and_pictures(tmp_path, capsys):
     assert "llg_star" in capsys.readouterr().out
 
 
+def test_a_killed_study_takes_over_the_cells_it_had_finished(tmp_path):
+    assert main([*SMALL, f"output_dir={tmp_path}"]) == 0
+    whole = pd.read_csv(tmp_path / "labels.csv")
+    whole.assign(seconds=7.0).iloc[:8].to_csv(tmp_path / "labels.csv", index=False)  # two cells and two runs of a third
+    assert main(["run", f"resume={tmp_path}"]) == 0
+    again = pd.read_csv(tmp_path / "labels.csv")
+    assert (again["seconds"] == 7.0).tolist() == [True] * 6 + [False] * (len(whole) - 6)
+    pd.testing.assert_frame_equal(again.drop(columns="seconds"), whole.drop(columns="seconds"))
+
+
 def test_one_partition_can_be_chosen_and_one_seed_gives_one_result(tmp_path):
     for name in ("a", "b"):
         assert main([*SMALL, "partition=biased", "seed=4", f"output_dir={tmp_path / name}"]) == 0
