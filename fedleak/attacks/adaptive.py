@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,8 @@ from fedleak.defenses.base import ClientView, Defense, Imitation
 from fedleak.defenses.clipping import Sized
 from fedleak.defenses.masking import Mask
 from fedleak.defenses.precision import FORMATS, rounding
-from fedleak.defenses.quantisation import signs
+from fedleak.defenses.pruning import Pruning
+from fedleak.defenses.quantisation import Sign, signs
 from fedleak.defenses.svd import is_matrix, low_rank, matrix
 from fedleak.errors import UsageError
 from fedleak.training import LocalTraining, Tensors
@@ -84,8 +85,8 @@ class Estimated(Defense):
 
     def imitate(self, observed: Mapping[str, Tensor], training: LocalTraining) -> Imitation:
         """The first of these that fits, and the size."""
-        large = {n: v for n, v in observed.items() if v.is_floating_point() and v.numel() >= _LARGE}
-        if large and all(_magnitudes(value) <= 1 for value in large.values()):
+        large = _large(observed)
+        if signs_alone(observed):
             return signs(observed)
         found = _grid(observed, large) or _format(observed, large) or _zeros(observed) or _rank(observed)
         sized = Sized(observed)
@@ -99,6 +100,35 @@ class Estimated(Defense):
             return sized(inner(update))
 
         return Imitation(function, found.noise)
+
+
+def signs_alone(observed: Mapping[str, Tensor]) -> bool:
+    """Whether every large tensor of an update has one magnitude, and perhaps zeros."""
+    large = _large(observed)
+    return bool(large) and all(_magnitudes(value) <= 1 for value in large.values())
+
+
+def _large(observed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: v for n, v in observed.items() if v.is_floating_point() and v.numel() >= _LARGE}
+
+
+def lookalike(observed: Mapping[str, Tensor]) -> Callable[[Tensors, torch.Generator], Tensors]:
+    """What turns other updates into such as the observed one looks: signs, pruned by as much, or as they are.
+
+    Args:
+        observed: name -> tensor.
+
+    Returns:
+        An update and a source of randomness -> the update as the client would have sent it.
+    """
+    if signs_alone(observed):
+        return lambda update, random: Sign().apply(update, generator=random)
+    parts = {n: Pruning(min(int((v == 0).sum()), v.numel() - 1) / v.numel()) for n, v in observed.items()}
+
+    def pruned(update: Tensors, random: torch.Generator) -> Tensors:
+        return {n: parts[n].apply({n: value}, generator=random)[n] for n, value in update.items()}
+
+    return pruned
 
 
 def _magnitudes(value: Tensor) -> int:

@@ -5,6 +5,7 @@ from fedleak.attacks.inversion.features import FeaturesFirst
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
 from fedleak.attacks.inversion.gradinversion import GradInversion
 from fedleak.attacks.inversion.joint import Joint
+from fedleak.attacks.inversion.learned import Learned
 from fedleak.attacks.inversion.local_steps import Surrogate, Unrolled
 from fedleak.attacks.inversion.map import MAP
 from fedleak.attacks.inversion.objectives import L2, Cosine, Elementwise, Objective, RelativeL2
@@ -31,6 +32,7 @@ __all__ = [
     "ImageNorm",
     "InTurn",
     "Joint",
+    "Learned",
     "Normal",
     "Objective",
     "Optimizer",

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from fedleak.attacks.adaptive import signs_alone
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.learned import Learned
 from fedleak.attacks.inversion.map import MAP
 from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.attacks.inversion.screening import screened
@@ -30,7 +32,8 @@ class Strongest(Inversion):
     """One inversion, then another where the first did not converge; of two failures the one that fits better.
 
     Of several label multisets the one is taken that explains the update best, see `screening`. Single samples behind
-    layers that draw at random are sought below these, see `severed`.
+    layers that draw at random are sought below these, see `severed`; updates that are all signs are read by a
+    regressor, see `Learned`.
 
     How well images fit is the mean square of what separates their update, through the defense as far as it is known,
     from the observed one, over the noise.
@@ -38,13 +41,17 @@ class Strongest(Inversion):
     Args:
         first: for batches of known labels and few pixels.
         then: for the rest.
+        signs: for single samples' updates that are all signs.
     """
 
     label_candidates: ClassVar[int] = 6
 
-    def __init__(self, first: Inversion | None = None, then: Inversion | None = None) -> None:
+    def __init__(
+        self, first: Inversion | None = None, then: Inversion | None = None, signs: Inversion | None = None
+    ) -> None:
         self.first = first if first is not None else MAP(restarts=1, max_steps=25, seconds=20)
         self.then = then if then is not None else GradientMatching(smoothness=1.0)
+        self.signs = signs if signs is not None else Learned(steps=0)
 
     def invert(
         self,
@@ -63,9 +70,14 @@ class Strongest(Inversion):
                 run.on_result(index, result)
 
         for index, ps in problems.items():
-            cut = cut_of(knowledge.model, ps[0].targets[0].training.training_mode) if alone(ps) else None
+            if not alone(ps):
+                continue
+            cut = cut_of(knowledge.model, ps[0].targets[0].training.training_mode)
             if cut is not None:
                 keep(index, severed(ps[0], guesses[index], cut, knowledge, run))
+            elif ps[0].labels is not None and signs_alone(ps[0].targets[0].update):
+                one = [observations[index]], [guesses[index]]
+                keep(index, self.signs.invert(*one, knowledge, replace(run, on_result=None))[0])
         some = {index: ps for index, ps in problems.items() if index not in found}
         guesses = screened(some, guesses, knowledge, image_prior(knowledge).to(run.device), run)
         problems = _by_observation(pose(observations, guesses, knowledge))
