@@ -75,6 +75,8 @@ class Scenario:
     def drops_out(self, client: int, server_round: int) -> bool:
         """Whether a client, sampled for a round, does not answer."""
         f = self.federation
+        if f.dropout == 0:
+            return False
         chosen = sampled(self.seed, f.clients, f.fraction, server_round)
         return client in dropped(self.seed, chosen, f.dropout, server_round)
 

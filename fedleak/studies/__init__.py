@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedleak.studies.local_steps import LocalSteps
     from fedleak.studies.mlp_dlg import MlpDlg
     from fedleak.studies.rounds import Rounds
+    from fedleak.studies.scale import Scale
 
 __all__ = [
     "Aggregation",
@@ -39,6 +40,7 @@ __all__ = [
     "MlpDlg",
     "Results",
     "Rounds",
+    "Scale",
     "Study",
     "build_study",
     "cell_setup",
@@ -64,6 +66,7 @@ _HOME = {
     "MlpDlg": "fedleak.studies.mlp_dlg",
     "Results": "fedleak.studies.base",
     "Rounds": "fedleak.studies.rounds",
+    "Scale": "fedleak.studies.scale",
     "Study": "fedleak.studies.base",
     "build_study": "fedleak.studies.base",
     "cell_setup": "fedleak.studies.federations",
