@@ -28,7 +28,7 @@ _SMALLEST = 1e-8
 """Least standard deviation of a feature."""
 _LARGEST = 12
 """Samples up to which the row space is searched."""
-_SETTINGS = Settings(coarse_steps=3, max_steps=4)
+_SETTINGS = Settings(coarse_steps=3, max_steps=5)
 
 
 class _FeatureSolver(GaussNewton):
