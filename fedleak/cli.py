@@ -118,7 +118,7 @@ def frontier(arguments: list[str]) -> int:
     """``fedleak frontier``: what defenses cost and what leaks through them, by settings of its own."""
     from fedleak.setup import read_frontier
 
-    open_ended = ("frontier.defenses", "frontier.attackers")  # any name may be added to these
+    open_ended = ("frontier.defenses", "frontier.attackers", "frontier.federations")  # any name may be added to these
     for word in arguments:
         if word.lstrip("+~").startswith(("defense", "attack")):
             raise UsageError(f"{word}: a frontier has many; name them by frontier.defenses and frontier.attackers")

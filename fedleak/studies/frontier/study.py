@@ -38,6 +38,8 @@ class Frontier(Study):
         defenses: choice of the ``defense`` group -> strengths, values of the setting that its class names in `knob`; an
             empty list for the choice as it stands. ``none`` and, of it, the control are always there.
         attackers: name -> overrides that choose an attack and what it is granted.
+        federations: name -> overrides that make another federation of it, for what protects by other means:
+            a model with a bottleneck, larger batches, Flower's own strategies of differential privacy.
         seeds: federations of each defense and strength.
         moments: rounds whose updates are attacked.
         victims: updates of each moment.
@@ -47,6 +49,7 @@ class Frontier(Study):
 
     defenses: Mapping[str, Sequence[Any] | None]
     attackers: Mapping[str, Sequence[str]]
+    federations: Mapping[str, Sequence[str]] | None = None
     seeds: int = 1
     moments: Sequence[int] = (1,)
     victims: int = 1
@@ -65,6 +68,11 @@ class Frontier(Study):
         mapping = Rule(lambda v: isinstance(v, Mapping) and len(v) > 0, "choices with a list each, such as {sign: []}")
         require("defenses", self.defenses, mapping, "frontier")
         require("attackers", self.attackers, mapping, "frontier")
+        for name, overrides in (self.federations or {}).items():
+            if name in self.defenses or name in (CLEAN, CONTROL):
+                raise UsageError(f"frontier.federations.{name}: a defense has that name; choose another")
+            rule = Rule(_words, "a list of overrides, such as ['model.precode=32']")
+            require(f"federations.{name}", overrides, rule, "frontier")
         for name, strengths in self.defenses.items():
             rule = Rule(
                 lambda v: v is None or isinstance(v, list | tuple), "a list of strengths, [] for the choice as it is"
@@ -151,26 +159,36 @@ class Frontier(Study):
             for value in values or [None]:
                 strength = 0.0 if name == CLEAN else _strength(value, knob, parts[name].node)
                 own = [f"defense={name}", *([] if value is None else [f"defense.{knob}={value}"])]
-                for seed in range(job.seed, job.seed + self.seeds):
-                    text = name if value is None else f"{name}-{value}"
-                    cells.append(
-                        Cell(
-                            defense=name,
-                            strength=strength,
-                            seed=seed,
-                            overrides=(*base, *own, f"seed={seed}"),
-                            attackers={who: tuple(how) for who, how in self.attackers.items()},
-                            moments=tuple(self.moments),
-                            victims=self.victims,
-                            delta=self.delta,
-                            folder=job.folder / "cells" / f"{text}-seed-{seed}",
-                        )
-                    )
+                text = name if value is None else f"{name}-{value}"
+                cells += self._of(job, name, strength, (*base, *own), text)
+        for name, overrides in (self.federations or {}).items():
+            cells += self._of(job, name, 1.0, (*base, *overrides), name)
         return cells
+
+    def _of(self, job: Job, name: str, strength: float, overrides: tuple[str, ...], text: str) -> list[Cell]:
+        """A cell for each seed."""
+        return [
+            Cell(
+                defense=name,
+                strength=strength,
+                seed=seed,
+                overrides=(*overrides, f"seed={seed}"),
+                attackers={who: tuple(how) for who, how in self.attackers.items()},
+                moments=tuple(self.moments),
+                victims=self.victims,
+                delta=self.delta,
+                folder=job.folder / "cells" / f"{text}-seed-{seed}",
+            )
+            for seed in range(job.seed, job.seed + self.seeds)
+        ]
 
     def _fingerprint(self, job: Job) -> str:
         """What decides a cell's rows; raises `UsageError` where the folder holds cells of other settings."""
-        kept = {key: value for key, value in vars(self).items() if key not in ("defenses", "seeds", "processes")}
+        kept = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("defenses", "federations", "seeds", "processes")
+        }
         own = {
             k: v for k, v in job.setup.settings.items() if not k.startswith(("study", "output_dir", "seed", "hydra"))
         }
@@ -184,6 +202,11 @@ class Frontier(Study):
                 "another, or remove it"
             )
         return found
+
+
+def _words(value: Any) -> bool:
+    """Whether a setting is a list of words, and has one."""
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(word, str) for word in value)
 
 
 def _strength(value: Any, knob: str | None, node: Mapping[str, Any]) -> float:
