@@ -49,12 +49,12 @@ def stop_at(monkeypatch, owner: object, name: str, number: int) -> None:
     """Interrupt the process as something is done for the `number`-th time."""
     before, count = getattr(owner, name), 0
 
-    def stopping(*arguments):
+    def stopping(*arguments, **options):
         nonlocal count
         count += 1
         if count == number:
             raise KeyboardInterrupt
-        return before(*arguments)
+        return before(*arguments, **options)
 
     monkeypatch.setattr(owner, name, stopping)
 

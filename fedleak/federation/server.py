@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from flwr.app import ArrayRecord, Context, MetricRecord
@@ -23,6 +24,7 @@ from fedleak.federation.eavesdropper import Eavesdropper
 from fedleak.federation.memory import Memory, Unstorable, recall, remember
 from fedleak.federation.records import to_arrays, to_tensors
 from fedleak.federation.scenario import Scenario, build_strategy
+from fedleak.federation.strategy import Repeatable
 from fedleak.rounds import NOTHING
 
 log = logging.getLogger("fedleak")
@@ -79,80 +81,114 @@ def make_server_app(
         of: what the run is of, for its checkpoints.
     """
     app = ServerApp()
-    federation = scenario.federation
     parameters, buffers = scenario.start()
-    inner = build_strategy(scenario)
-    began = time.perf_counter()
-    if since is not None:
-        recall(inner.strategy, since.memory)
-        inner.done = since.round
+    keeper = _Checkpoints(run_dir, build_strategy(scenario), since, of)
 
-    def overheard() -> Strategy:
-        if scenario.keep == NOTHING:
-            return inner
-        dtype = None if scenario.keep.dtype is None else getattr(torch, scenario.keep.dtype)
-        return Eavesdropper(
-            inner,
-            run_dir / "captures",
-            model=scenario.model,
-            threat=scenario.threat,
-            payload=federation.payload,
-            image_shape=scenario.image_shape,
-            classes=scenario.data.classes,
-            optimizer=scenario.training.optimizer,
-            epochs=scenario.training.epochs or 1,
-            training_mode=federation.training_mode,
-            per_sample=scenario.threat.per_sample_gradients,
-            client_of=inner.partition_of.get,
-            every=federation.capture_every,
-            keep=scenario.keep,
-            on_round=on_round,
-            quiet=True,
-            store=None if since is None else CaptureStore.go_on(run_dir / "captures", dtype=dtype),
-        )
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = _overheard(scenario, run_dir, keeper, on_round)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with (run_dir / "rounds.csv").open("w" if since is None else "a", newline="") as file:
+            rounds = _Rounds(scenario, keeper, strategy, file, on_row)
 
-    def checkpoint(server_round: int, arrays: ArrayRecord, strategy: Strategy) -> None:
-        model, memory = to_tensors(arrays), _memory(inner.strategy, aloud=server_round == inner.done + 1)
-        seconds = time.perf_counter() - began + (0.0 if since is None else since.seconds)
+            def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+                accuracy = rounds.end(server_round, arrays) if server_round else None
+                return None if accuracy is None else MetricRecord({"test_accuracy": accuracy})
+
+            model = {**parameters, **buffers} if since is None else since.model
+            left = scenario.federation.rounds - keeper.inner.done
+            strategy.start(grid, to_arrays(model), num_rounds=left, evaluate_fn=evaluate)
+
+    return app
+
+
+def _overheard(
+    scenario: Scenario,
+    run_dir: Path,
+    keeper: _Checkpoints,
+    on_round: Callable[[int, list[Observation]], None] | None,
+) -> Strategy:
+    """The strategy in its eavesdropper, or without one where nothing is to be kept."""
+    if scenario.keep == NOTHING:
+        return keeper.inner
+    dtype = None if scenario.keep.dtype is None else getattr(torch, scenario.keep.dtype)
+    return Eavesdropper(
+        keeper.inner,
+        run_dir / "captures",
+        model=scenario.model,
+        threat=scenario.threat,
+        payload=scenario.federation.payload,
+        image_shape=scenario.image_shape,
+        classes=scenario.data.classes,
+        optimizer=scenario.training.optimizer,
+        epochs=scenario.training.epochs or 1,
+        training_mode=scenario.federation.training_mode,
+        per_sample=scenario.threat.per_sample_gradients,
+        client_of=keeper.inner.partition_of.get,
+        every=scenario.federation.capture_every,
+        keep=scenario.keep,
+        on_round=on_round,
+        quiet=True,
+        store=None if keeper.since is None else CaptureStore.go_on(run_dir / "captures", dtype=dtype),
+    )
+
+
+class _Checkpoints:
+    """What a federation writes after each round to go on from, and what it went on from itself."""
+
+    def __init__(self, run_dir: Path, inner: Repeatable, since: Checkpoint | None, of: str) -> None:
+        self.run_dir, self.inner, self.since, self.of = run_dir, inner, since, of
+        self.began = time.perf_counter()
+        if since is not None:
+            recall(inner.strategy, since.memory)
+            inner.done = since.round
+
+    def write(self, server_round: int, arrays: ArrayRecord, strategy: Strategy) -> None:
+        """A checkpoint, once what the eavesdropper heard in this round is on disk."""
+        model, memory = to_tensors(arrays), _memory(self.inner.strategy, aloud=server_round == self.inner.done + 1)
+        seconds = time.perf_counter() - self.began + (0.0 if self.since is None else self.since.seconds)
 
         def write(lines: int) -> None:
-            Checkpoint(server_round, model, memory, lines, of, seconds).write(run_dir)
+            Checkpoint(server_round, model, memory, lines, self.of, seconds).write(self.run_dir)
 
         if isinstance(strategy, Eavesdropper):
             strategy.store.afterwards(write, sum(v.nbytes for v in [*model.values(), *memory.tensors.values()]))
         else:
             write(0)
 
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        strategy = overheard()
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with (run_dir / "rounds.csv").open("w" if since is None else "a", newline="") as file:
-            writer = csv.writer(file)
-            if since is None:
-                writer.writerow(ROUND_COLUMNS)
-            last = time.perf_counter()
 
-            def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-                nonlocal last
-                if server_round == 0:
-                    return None
-                server_round += inner.done
-                accuracy = test_accuracy(scenario, arrays) if federation.evaluates(server_round) else None
-                now = time.perf_counter()
-                row = RoundRow(server_round, inner.aggregated, inner.train_loss, accuracy, round(now - last, 4))
-                last = now
-                writer.writerow([getattr(row, column) for column in ROUND_COLUMNS])
-                file.flush()
-                if on_row is not None:
-                    on_row(row)
-                checkpoint(server_round, arrays, strategy)
-                return None if accuracy is None else MetricRecord({"test_accuracy": accuracy})
+class _Rounds:
+    """The lines of `rounds.csv`, with a checkpoint behind each."""
 
-            model = {**parameters, **buffers} if since is None else since.model
-            strategy.start(grid, to_arrays(model), num_rounds=federation.rounds - inner.done, evaluate_fn=evaluate)
+    def __init__(
+        self,
+        scenario: Scenario,
+        keeper: _Checkpoints,
+        strategy: Strategy,
+        file: TextIO,
+        on_row: Callable[[RoundRow], None] | None,
+    ) -> None:
+        self.scenario, self.keeper, self.strategy, self.file, self.on_row = scenario, keeper, strategy, file, on_row
+        self.writer = csv.writer(file)
+        if keeper.since is None:
+            self.writer.writerow(ROUND_COLUMNS)
+        self.last = time.perf_counter()
 
-    return app
+    def end(self, server_round: int, arrays: ArrayRecord) -> float | None:
+        """Write a round's line and checkpoint; the test accuracy where the round is evaluated."""
+        inner = self.keeper.inner
+        server_round += inner.done
+        evaluated = self.scenario.federation.evaluates(server_round)
+        accuracy = test_accuracy(self.scenario, arrays) if evaluated else None
+        now = time.perf_counter()
+        row = RoundRow(server_round, inner.aggregated, inner.train_loss, accuracy, round(now - self.last, 4))
+        self.last = now
+        self.writer.writerow([getattr(row, column) for column in ROUND_COLUMNS])
+        self.file.flush()  # before its checkpoint, which counts on it
+        if self.on_row is not None:
+            self.on_row(row)
+        self.keeper.write(server_round, arrays, self.strategy)
+        return accuracy
 
 
 def _memory(strategy: Strategy, *, aloud: bool) -> Memory:
