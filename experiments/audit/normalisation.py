@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision import datasets, transforms
 
 from fedleak.attacks.base import Knowledge
-from fedleak.audit.normalisation import Normalization, look, told, usual
+from fedleak.audit.normalisation import Normalization, look, told, usual, verdict
 from fedleak.audit.preflight import preflight
 from fedleak.audit.statement import Statement
 from fedleak.audit.wire import Exchange
@@ -90,10 +90,15 @@ def rows(name: str, images: Tensor, labels: Tensor, options: argparse.Namespace)
             knowledge = Knowledge(model, shape, 10)
             stated = Statement(optimizer="sgd", lr=LR, batch_size=SAMPLES, epochs=1, source="stated")
             checked = preflight(exchanges, knowledge, [stated] * CLIENTS)
-            for way in [None, *usual(shape[0])]:
-                found = look(checked, model, knowledge, way, seed=0)
-                verdict = "unknown" if found is None else found.check.verdict if way else told(found.best)
-                yield name, told(true), "–" if way is None else told(way), verdict
+            found = look(checked, model, knowledge, None, seed=0)
+            assert found is not None
+            behind = dict(zip(map(told, usual(shape[0])), found.behind, strict=True))
+            yield name, told(true), "–", told(found.best)
+            for way in usual(shape[0]):
+                ways = usual(shape[0], way)  # what is stated, and all that are not nearly the same
+                gaps = [behind[told(other)] for other in ways]
+                gaps = [gap - min(gaps) for gap in gaps]
+                yield name, told(true), told(way), verdict(ways, gaps, ways[gaps.index(0.0)], way).verdict
 
 
 def main() -> None:

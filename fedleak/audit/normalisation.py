@@ -105,7 +105,7 @@ def look(
     pooled = [sum(column) / len(seen) * len(seen) ** 0.5 for column in zip(*scores, strict=True)]
     behind = tuple(max(pooled) - value for value in pooled)
     best = ways[behind.index(0.0)]
-    return Look(_verdict(ways, behind, best, stated), best, behind)
+    return Look(verdict(ways, behind, best, stated), best, behind)
 
 
 def with_look(preflights: Sequence[Preflight], found: Look | None) -> list[Preflight]:
@@ -123,9 +123,10 @@ def _readable(p: Preflight) -> bool:
     return o.training.payload == "gradient" or optimizer is None or hasattr(optimizer, "momentum")
 
 
-def _verdict(
+def verdict(
     ways: Sequence[Normalization], behind: Sequence[float], best: Normalization, stated: Normalization | None
 ) -> Check:
+    """What to say of `stated`, the first of `ways` unless it is None, each `behind` the best by so much."""
     name = "normalisation"
     near = [way for way, gap in zip(ways, behind, strict=True) if gap < MARGIN]
     if stated is None:

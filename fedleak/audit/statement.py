@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from flwr.app import Message, RecordDict
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedleak.audit.watch import Session, Watch
@@ -136,7 +135,7 @@ def _try(
     labels = torch.randint(classes, (_BATCHES * size,), generator=generator)
     given: dict[str, Any] = {
         "net": copy.deepcopy(model),
-        "loader": DataLoader(TensorDataset(images, labels), batch_size=size),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=size, collate_fn=_Batch.of),
         "epochs": stated.epochs or 1,
         "lr": stated.lr or 0.01,
         "device": torch.device("cpu"),
@@ -153,7 +152,7 @@ def _try(
             )
     watch = Watch()
     try:
-        with watch.around(Message(RecordDict(), dst_node_id=1, message_type="train")):
+        with watch.session("made up", ()):
             function(**arguments)
     except Exception as error:
         raise UsageError(f"--client={reference}: failed on made-up images ({type(error).__name__}: {error})") from error
@@ -161,6 +160,19 @@ def _try(
         raise UsageError(f"--client={reference}: made no step with a torch optimiser; state its settings instead")
     asked = {_meant(name) for name in arguments}
     return watch.sessions[0], {name for name in ("epochs", "lr") if name in asked and getattr(stated, name) is None}
+
+
+class _Batch(list[Tensor]):
+    """Images and labels of a batch, for functions that unpack it and for those that want its columns by name."""
+
+    @classmethod
+    def of(cls, samples: Sequence[tuple[Tensor, Tensor]]) -> _Batch:
+        return cls([torch.stack([image for image, _ in samples]), torch.stack([label for _, label in samples])])
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            key = int(any(part in key.lower() for part in ("label", "target", "class")) or key == "y")
+        return super().__getitem__(key)
 
 
 def _meant(name: str) -> str:

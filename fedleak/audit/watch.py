@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,9 +68,15 @@ class Watch:
     @contextmanager
     def around(self, message: Message) -> Iterator[None]:
         """While one client answers; one at a time, since the hooks see all of a process."""
+        sent = [array for record in message.content.array_records.values() for array in record.values()]
+        with self.session(message.metadata.message_id, sent):
+            yield
+
+    @contextmanager
+    def session(self, message: str, sent: Sequence[Array]) -> Iterator[None]:
+        """While somebody trains who was sent these arrays; `message` is what the session is filed under."""
         with self._lock:
-            session = Session(message.metadata.message_id)
-            sent = [array for record in message.content.array_records.values() for array in record.values()]
+            session = Session(message)
             depth = 0
 
             def before(module: nn.Module, inputs: Any) -> None:
@@ -104,7 +110,7 @@ class Watch:
                 if session.steps or session.labels:
                     self.sessions.append(session)
 
-    def _input(self, session: Session, module: nn.Module, inputs: Any, sent: list[Array]) -> None:
+    def _input(self, session: Session, module: nn.Module, inputs: Any, sent: Sequence[Array]) -> None:
         trains = torch.is_grad_enabled() and module.training and next(module.parameters(), None) is not None
         if not trains or not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 4:
             return
@@ -161,7 +167,7 @@ def bare_model(module: nn.Module) -> nn.Module:
     return module
 
 
-def _kept(module: nn.Module, sent: list[Array]) -> list[str]:
+def _kept(module: nn.Module, sent: Sequence[Array]) -> list[str]:
     """Names of the parameters at the start of training that equal nothing of their shape that was sent."""
     arrays = [torch.from_numpy(array.numpy().copy()) for array in sent]
     buffers = {name for name, _ in module.named_buffers()}

@@ -91,6 +91,27 @@ def test_a_capture_with_what_its_user_knows_and_the_truth_that_clients_noted(tmp
     assert "state how clients really train" in " ".join(found["advice"])
 
 
+def train_by_column(net, trainloader, epochs, lr, device):
+    """A training function of an app whose batches are dictionaries, as Flower Datasets makes them."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
+    for _ in range(epochs):
+        for batch in trainloader:
+            optimizer.zero_grad()
+            cross_entropy(net(batch["img"].to(device)), batch["label"].to(device)).backward()
+            optimizer.step()
+
+
+def test_an_apps_own_training_shows_itself_where_no_federation_ran(monkeypatch):
+    from fedleak.audit.statement import parse
+
+    # What makes messages is set up by a running app alone, and a capture's audit is none.
+    monkeypatch.setattr(Message, "__init__", lambda *_, **__: pytest.fail("there is no task to make messages in"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    monkeypatch.setattr("fedleak.audit.statement.locate", lambda *_: train_by_column)
+    found = parse("myapp.task:train,batch_size=8,lr=0.1", model, (1, 8, 8), 10)
+    assert (found.optimizer, found.momentum, found.lr, found.batch_size) == ("sgd", 0.9, 0.1, 8)
+
+
 def test_an_eavesdroppers_captures_can_be_audited_too(small_run, tmp_path, monkeypatch):
     info = fedleak.CaptureStore.open(small_run / "captures").info
     monkeypatch.setattr("fedleak.audit.command._model", lambda reference: LeNet(info.image_shape, info.classes))
