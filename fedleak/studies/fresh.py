@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedleak.attacks import Attack, Knowledge, Progress, Reconstruction
 from fedleak.attacks.results import is_converged
@@ -87,11 +87,18 @@ def earlier_rows(folder: Path, job: Job, said: str) -> list[dict[str, Any]]:
 
 
 def draw_victims(
-    data: ImageData, model: Part, networks: Sequence[int], batch_size: int, threat: ThreatModel, seed: int
+    data: ImageData,
+    model: Part,
+    networks: Sequence[int],
+    batch_size: int,
+    threat: ThreatModel,
+    seed: int,
+    train: Callable[[nn.Module, int], None] | None = None,
 ) -> Captured:
     """Fresh networks by their numbers, and one update of each; its round is the number plus one.
 
     A network and its batch depend on (seed, data set, batch size, number) only: other attacks meet the same ones.
+    `train` is called with each network and its number, before its client.
     """
     observations, truths = [], []
     training = replace(ONE_STEP, per_sample=threat.per_sample_gradients)
@@ -99,6 +106,8 @@ def draw_victims(
         network = build_model(
             model, data.image_shape, data.classes, derive_seed(seed, "model", data.name, batch_size, number)
         )
+        if train is not None:
+            train(network, number)
         random = generator(seed, "batch", data.name, batch_size, number)
         chosen = draw_batch(data.train_labels, batch_size, "iid", random)
         images, labels = to_float(data.train_images[chosen]), data.train_labels[chosen]

@@ -107,7 +107,7 @@ class LimitStudy(Study):
         observation, truth = victims.observations[number], victims.truths[number]
         random = generator(job.seed, "limit", defense, str(strength), len(truth.labels), number)
         applied = _defense(defense, strength)
-        sent = dict(observation.update) if defense != CONTROL else _like(observation, random)
+        sent = dict(observation.update) if defense != CONTROL else noise_like(observation, random)
         labels = truth.labels.sort().values
         observation = replace(observation, update=applied.apply(sent, generator=random), labels=labels)
         attack = Attack(Known(), MAP(), name="map")
@@ -213,7 +213,7 @@ def _defense(name: str, strength: float) -> Defense:
     return Gaussian(strength) if name == "noise" and strength > 0 else NoDefense()
 
 
-def _like(observation: Observation, random: torch.Generator) -> dict[str, Tensor]:
+def noise_like(observation: Observation, random: torch.Generator) -> dict[str, Tensor]:
     """Noise with the root mean square of every tensor of an update."""
     return {
         name: value.square().mean().sqrt() * torch.randn(value.shape, generator=random)
