@@ -16,7 +16,7 @@ from fedleak.cli import COMMANDS, main
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [path.stem for path in sorted(DOCS.glob("*.md"))]
 NOTEBOOKS = [path.stem for path in sorted((DOCS / "notebooks").glob("*.ipynb"))]
-LONG = {"tutorial", "condensation", "defense", "your_own_defense"}
+LONG = {"scale", "tutorial", "condensation", "defense", "your_own_defense"}
 FRAGMENTS = {"audit"}
 """Pages whose Python belongs into a user's own app: it is read, the apps of ``tests/apps`` hold it and are run."""
 FENCE = re.compile(
