@@ -30,6 +30,8 @@ from fedleak.seeding import derive_seed, generator, global_draws
 from fedleak.training import Tensors
 
 _CHUNK = 64
+_NUMBERS = 2**26
+"""Elements of all updates that are learned from; of large models a random part of each update is enough."""
 _WIDER = 2.0
 """How much wider than the error that is expected of an answer the next images lie about it."""
 _PENALTIES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -205,15 +207,16 @@ def _updates(
         return cross_entropy(functional_call(model, {**state, **weights}, (image[None],)), wanted)
 
     defense = _applied(knowledge.defense, dict(target.update))
-    size = {name: value.float().norm().clamp(min=1e-30) for name, value in target.update.items()}
+    size = {name: value.float().norm().clamp(min=1e-30).cpu() for name, value in target.update.items()}
+    seen = torch.cat([target.update[name].float().flatten().cpu() / size[name] for name in size])
+    some = torch.randperm(len(seen), generator=random)[: max(1, _NUMBERS // len(images))].sort().values
     rows = []
-    for part in images.split(_CHUNK):
+    for part in images.split(max(1, min(_CHUNK, _NUMBERS // len(seen)))):
         found = vmap(grad(loss), in_dims=(None, 0))(weights, part)
         for one in range(len(part)):
             sent = defense({name: value[one].cpu() for name, value in found.items()}, random)
-            rows.append(torch.cat([(sent[name] / size[name].cpu()).flatten() for name in size]))
-    seen = torch.cat([(target.update[name].float() / size[name]).flatten().cpu() for name in size])
-    return torch.stack(rows).to(run.device), seen.to(run.device)
+            rows.append(torch.cat([(sent[name] / size[name]).flatten() for name in size])[some])
+    return torch.stack(rows).to(run.device), seen[some].to(run.device)
 
 
 def _applied(defense: Defense | None, observed: Tensors) -> Callable[[Tensors, torch.Generator], Tensors]:

@@ -22,6 +22,8 @@ _STEPS = 4
 _SURE = 0.9
 """Confidence of the first multiset from which the others are not tried."""
 _TEMPER = 1.5
+_BYTES = 2**30
+"""Of derivatives in float32; where the multisets would need more, the first is taken."""
 
 
 def _best(problem: Problem, guess: LabelGuess, knowledge: Knowledge, prior: ImagePrior, run: Run) -> LabelGuess:
@@ -86,6 +88,8 @@ def screened(
         elif len(own) != 1 or own[0].samples == 1 or not own[0].targets[0].training.single:
             found.append(_only(guess, 0))
         else:
-            sure = float(guess.confidence[0]) > _SURE
+            numbers = sum(value.numel() for value in own[0].targets[0].update.values())
+            large = 4 * len(guess.labels) * own[0].samples * _COORDINATES * numbers > _BYTES
+            sure = large or float(guess.confidence[0]) > _SURE
             found.append(_only(guess, 0) if sure else _best(own[0], guess, knowledge, prior, run))
     return found

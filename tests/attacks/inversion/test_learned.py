@@ -7,7 +7,7 @@ import torch
 
 from fedleak.attacks import Attack
 from fedleak.attacks.adaptive import lookalike
-from fedleak.attacks.inversion import Learned
+from fedleak.attacks.inversion import Learned, learned
 from fedleak.attacks.inversion.learned import around, training_images
 from fedleak.attacks.inversion.strongest import Strongest
 from fedleak.attacks.labels import Fedleak
@@ -62,6 +62,13 @@ def test_the_network_is_one_of_the_regressors(victims):
     _, answer, name = inversion._network(updates, targets, updates[0], left_out)
     assert name == "network"
     assert answer.shape == (4,)
+
+
+def test_of_large_models_a_part_of_each_update_is_learned_from(victims, monkeypatch):
+    monkeypatch.setattr(learned, "_NUMBERS", 60 * 500)
+    attack = Attack(Fedleak(), Learned(examples=60, steps=0, rounds=0), adaptive=True)
+    mean = float((victims.knowledge.auxiliary[0].mean(0) - victims.truths[0].images).square().mean())
+    assert error(attack, Sign(), victims)[0] < mean
 
 
 def test_our_best_reads_signs_so(victims):
