@@ -50,11 +50,12 @@ def facts(setup: Setup, seconds: float, command: Sequence[str]) -> dict[str, Any
 
 
 def defense_name(defense: Part) -> str:
-    """The defense and its strength in a word: ``gaussian(std=0.1)``."""
+    """The defense and its strength in a word: ``gaussian(std=0.1)``; a switch that is off is not mentioned."""
     name = defense.name.lower()
     if name == "nodefense":
         return "none"
-    strengths = ", ".join(f"{k}={v}" for k, v in defense.settings.items() if isinstance(v, int | float | str))
+    said = {k: v for k, v in defense.settings.items() if isinstance(v, int | float | str) and v is not False}
+    strengths = ", ".join(f"{k}={v}" for k, v in said.items())
     return f"{name}({strengths})" if strengths else name
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fedleak
-from fedleak.cli import _own_folder, _speak_again, main
+from fedleak.cli import main
+from fedleak.jobs import _own_folder, _speak_again
 from fedleak.models import LeNet
 from fedleak.models.frozen import frozen_as_buffers
 

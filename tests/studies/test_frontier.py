@@ -96,7 +96,10 @@ def test_what_is_done_is_not_done_again(frontier, capsys):
         ("frontier.defenses={control: []}", "frontier.defenses.control: always there"),
         ("frontier.moments=[1,9]", "frontier.moments=[1, 9]: the federation has 2 rounds"),
         ("frontier.seeds=0", "frontier.seeds=0: must be"),
-        ("frontier.federations={sign: ['model.precode=8']}", "frontier.federations.sign: a defense has that name"),
+        (
+            "frontier.federations={sign: ['model=lenet_precode','model.precode=8']}",
+            "frontier.federations.sign: a defense has that name",
+        ),
         ("frontier.federations={big: 3}", "frontier.federations.big=3: must be a list of overrides"),
         ("frontier.federations={big: ['federation.batch_size=0']}", "federation.batch_size=0"),
         ("frontier.delta=1", "frontier.delta=1: must be a number between 0 and 1"),
@@ -140,7 +143,8 @@ def test_privacy_is_drawn_where_there_are_several_epsilons(tmp_path):
 
 
 def test_a_federation_of_another_make_has_its_line(tmp_path):
-    made = "{precode: ['model.precode=8'], flower: ['strategy=dp_client', 'federation.payload=weights']}"
+    narrow = "['model=lenet_precode', 'model.precode=8']"
+    made = f"{{precode: {narrow}, flower: ['strategy=dp_client', 'federation.payload=weights']}}"
     others = f"frontier.federations={made}"
     defenses = "frontier.defenses={none: []}"
     assert main(["frontier", *SMALL, "federation.rounds=2", defenses, others, f"output_dir={tmp_path / 'out'}"]) == 0

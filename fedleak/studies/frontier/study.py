@@ -71,7 +71,7 @@ class Frontier(Study):
         for name, overrides in (self.federations or {}).items():
             if name in self.defenses or name in (CLEAN, CONTROL):
                 raise UsageError(f"frontier.federations.{name}: a defense has that name; choose another")
-            rule = Rule(_words, "a list of overrides, such as ['model.precode=32']")
+            rule = Rule(_words, "a list of overrides, such as ['model=lenet_precode']")
             require(f"federations.{name}", overrides, rule, "frontier")
         for name, strengths in self.defenses.items():
             rule = Rule(
