@@ -21,8 +21,8 @@ from fedleak.capture import Observation
 from fedleak.errors import UsageError
 
 FEATURES = "features first"
-_EACH = 7.0
-"""Seconds planned for an update, at least: with fewer its search rarely comes to an end."""
+_SHARED, _EACH = 10, 7.5
+"""Updates that share `seconds`, and seconds for each beyond: single images need about six to come to an end."""
 
 
 class Chooser(Inversion):
@@ -39,7 +39,7 @@ class Chooser(Inversion):
         peeling: with a fallback.
         features: for networks as people train them.
         seconds: planned for all updates of a call that go through `features`, on an ordinary core, where no time is
-            given; a plan depends on no clock, and so repeats. Where they are many, seven for each of them.
+            given; a plan depends on no clock, and so repeats. Each beyond the tenth adds seven and a half.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Chooser(Inversion):
         keep: Callable[[int, Reconstruction], None],
     ) -> None:
         pairs = [pair for of_one in chosen.values() for pair in of_one]
-        planned = run.seconds if run.seconds is not None else max(self.seconds, _EACH * len(pairs))
+        planned = run.seconds if run.seconds is not None else self.seconds + _EACH * max(0, len(pairs) - _SHARED)
         parts: dict[int, list[Reconstruction]] = {}
 
         def on_part(position: int, part: Reconstruction) -> None:

@@ -20,6 +20,7 @@ from fedleak.attacks.inversion.cases import unusable
 from fedleak.attacks.inversion.features.body import Body
 from fedleak.attacks.inversion.features.hunt import Hunt
 from fedleak.attacks.inversion.features.search import Cooling
+from fedleak.attacks.inversion.features.undo import undoable
 from fedleak.attacks.inversion.features.unwind import Unwound, separate_batch, split_batch, unwind
 from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.attacks.problem import Problem, pose
@@ -135,7 +136,7 @@ class FeaturesFirst(Inversion):
                 run.on_progress(_progress(done, len(problems), time.perf_counter() - began))
         return done
 
-    def _plan(self, layers: Sequence[Layer], batch: int, seconds: float | None) -> tuple[int, Cooling, int]:
+    def _plan(self, body: Body, batch: int, seconds: float | None) -> tuple[int, Cooling, int]:
         """Starts of an attempt, its cooling, and evaluations in all that about fit the time on an ordinary core.
 
         A plan depends on no clock, so that it repeats.
@@ -143,8 +144,8 @@ class FeaturesFirst(Inversion):
         cooling, side = self.cooling, min(self.starts, _SIDE_BY_SIDE)
         if seconds is None:
             return side, cooling, _UNLIMITED
-        most = int(seconds / (_seconds_of(layers) * batch))
-        each = 2 * cooling.stages * cooling.evaluations
+        most, searches = int(seconds / (_seconds_of(body.layers) * batch)), 2 if undoable(body, batch) else 1
+        each = searches * cooling.stages * cooling.evaluations
         side = max(1, min(side, most // each))
         return (
             side,
@@ -170,12 +171,12 @@ class FeaturesFirst(Inversion):
         if unwound.bare:
             return _at_once(problem, unwound, knowledge)
         target = problem.targets[0]
-        side, cooling, most = self._plan(unwound.body, problem.samples, planned)
         device = torch.device(run.device)
         features, by_features = (v.to(device, torch.float32) for v in (unwound.features, unwound.by_features))
         weights = {n: target.parameters[n].detach().to(features) for n in unwound.names}
         body = Body(unwound.body, weights, knowledge.image_shape, features, by_features)
         gradients = {n: target.update[n].to(device) for n in unwound.names}
+        side, cooling, most = self._plan(body, problem.samples, planned)
 
         def late() -> bool:
             return seconds is not None and time.perf_counter() - began > seconds

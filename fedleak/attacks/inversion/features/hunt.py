@@ -12,7 +12,7 @@ from torch import Tensor
 from fedleak.attacks.image_prior import ImagePrior, natural_prior
 from fedleak.attacks.inversion.features.body import Body
 from fedleak.attacks.inversion.features.search import Cooling, Search
-from fedleak.attacks.inversion.features.undo import Lower, undo_convolution
+from fedleak.attacks.inversion.features.undo import Lower, undo_convolution, undoable
 
 GOAL = 5e-5
 """Relative misfit below which no further start is tried: what local minima leave is a hundred times as much."""
@@ -71,7 +71,8 @@ class Hunt:
         late: Callable[[], bool],
     ) -> None:
         self.body, self.gradients, self.cooling, self.late = body, gradients, cooling, late
-        rough = replace(cooling, evaluations=math.ceil(cooling.evaluations * _ROUGH))
+        share = _ROUGH if undoable(body, len(features)) else 1.0
+        rough = replace(cooling, evaluations=math.ceil(cooling.evaluations * share))
         self.whole = self.judge = Search(body, features, gradients, prior, rough)
         self.fine = natural_prior(body.image_shape).tempered(_FLAT).to(prior.mean.device)
         self.found = Found(torch.empty(0))

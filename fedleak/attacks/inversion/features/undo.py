@@ -48,6 +48,16 @@ class Lower:
     error: float
 
 
+def undoable(body: Body, batch: int) -> bool:
+    """Whether a body's last convolution has other weights below it, and enough numbers in its gradient."""
+    place = body.last_convolution()
+    layer = None if place is None else body.layers[place]
+    if not isinstance(layer, Convolution):
+        return False
+    (_, height, width), (rows, columns) = layer.in_shape, layer.kernel
+    return batch * height * width <= min(_MOST, rows * columns * layer.channels)
+
+
 def undo_convolution(body: Body, gradients: Mapping[str, Tensor], images: Tensor) -> Lower | None:
     """Undo a body's last convolution.
 
@@ -61,13 +71,11 @@ def undo_convolution(body: Body, gradients: Mapping[str, Tensor], images: Tensor
         not agree.
     """
     place = body.last_convolution()
-    if place is None:
+    if place is None or not undoable(body, len(images)):
         return None
     layer = body.layers[place]
     assert isinstance(layer, Convolution)
     batch, (channels, height, width) = len(images), layer.in_shape
-    if batch * height * width > min(_MOST, layer.kernel[0] * layer.kernel[1] * layer.channels):
-        return None
     exact = body.double()
     inputs = exact.before(place, images.double())
     delta = exact.after(place, inputs)
