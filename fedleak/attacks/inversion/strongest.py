@@ -49,7 +49,7 @@ class Strongest(Inversion):
     def __init__(
         self, first: Inversion | None = None, then: Inversion | None = None, signs: Inversion | None = None
     ) -> None:
-        self.first = first if first is not None else MAP(restarts=1, max_steps=25, seconds=20)
+        self.first = first if first is not None else MAP(restarts=1, max_steps=25, seconds=30)
         self.then = then if then is not None else GradientMatching(smoothness=1.0)
         self.signs = signs if signs is not None else Learned(steps=0)
 
@@ -99,7 +99,7 @@ class Strongest(Inversion):
         def of_second(position: int, result: Reconstruction) -> None:
             index = rest[position]
             before = tried.get(index)
-            if before is not None and not result.converged:
+            if before is not None:  # many images may fit what a defense left: the likely ones are nearer
                 better = _misfit(problems[index], before, knowledge) <= _misfit(problems[index], result, knowledge)
                 result = before if better else result
             if before is not None:
