@@ -34,12 +34,14 @@ def through_hydra(
     import hydra
     from hydra.core.hydra_config import HydraConfig
 
-    from fedleak.config import compose_config, conf_dir, expand_sweep, plain, search_path
+    from fedleak.config import check_rules, compose_config, conf_dir, expand_sweep, plain, search_path
+    from fedleak.setup import RULES
 
     flags, overrides = split(arguments)
     sweeps = bool({"--multirun", "-m"} & set(flags))
     for one in expand_sweep(overrides) if sweeps else [overrides]:
         config = plain(compose_config(one, root))
+        check_rules(config, {"output_dir": RULES["output_dir"]})
         if any(override.startswith("output_dir=") for override in overrides):
             refuse_overwriting(Path(config["output_dir"]))
         if not _shows(flags):

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,15 +172,45 @@ class RayEngine:
         from flwr.simulation import run_simulation
 
         quiet_flower()
-        run_simulation(
-            server_app,
-            client_app,
-            num_supernodes=clients,
-            backend_config={
-                "client_resources": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
-                "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, **self.init_args},
-            },
-        )
+        with _mortal():
+            run_simulation(
+                server_app,
+                client_app,
+                num_supernodes=clients,
+                backend_config={
+                    "client_resources": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+                    "init_args": {"log_to_driver": False, "logging_level": logging.ERROR, **self.init_args},
+                },
+            )
+
+
+@contextmanager
+def _mortal() -> Iterator[None]:
+    """Ctrl-C ends Ray's processes and this one at once.
+
+    Flower's server and worker threads wait for replies for up to an hour and cannot be told to stop. What is on disk is
+    whole whenever a process ends, and ``fedleak run resume=DIR`` goes on with it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def end(number: int, frame: Any) -> None:
+        import psutil
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print("fedleak: interrupted; fedleak run resume=DIR goes on with it", file=sys.stderr, flush=True)
+        for child in psutil.Process().children(recursive=True):  # of the cluster that was started for this run
+            with suppress(psutil.Error):
+                child.kill()
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def quiet_flower() -> None:

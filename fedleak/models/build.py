@@ -52,7 +52,7 @@ def build_model(part: Part, image_shape: tuple[int, int, int], classes: int, see
             network = factory(**arguments)
         except UsageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UsageError(f"model._target_={target} could not be built: {_brief(error)}") from error
         if not isinstance(network, nn.Module):
             raise UsageError(f"model._target_={target} gave a {type(network).__name__}; it must give a torch.nn.Module")

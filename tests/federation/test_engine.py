@@ -1,5 +1,11 @@
 """The local engine: a canary for the private parts of Flower it relies on, and errors as error replies."""
 
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -51,3 +57,25 @@ def test_the_server_app_runs_to_its_end():
 
     LocalEngine().run(app, echo_app(), 4)
     assert seen == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_on_ray_and_leaves_no_process(tmp_path):
+    import psutil
+
+    words = ["run", "engine=ray", "federation.clients=2", "federation.rounds=5000", "attack=none", "limit=off"]
+    process = subprocess.Popen([sys.executable, "-m", "fedleak.cli", *words, f"output_dir={tmp_path / 'run'}"])
+    rounds = tmp_path / "run" / "rounds.csv"
+    began = time.perf_counter()  # Ray's workers are nice: on a busy machine they may not get anywhere
+    while time.perf_counter() - began < 120 and (not rounds.exists() or len(rounds.read_text().splitlines()) < 3):
+        time.sleep(0.5)
+        assert process.poll() is None
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    began = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 130
+    took = time.perf_counter() - began
+    _, left = psutil.wait_procs(children, 10)
+    print(f"Ctrl-C ended a run on Ray with {len(children)} processes in {took:.1f} s, {len(left)} are left")
+    assert not left
