@@ -87,6 +87,7 @@ def test_attack(name, pretend):
         "surrogate": {"payload": "weights", "local_steps": 2},
         "joint": {"fixed": True},
         "idlg_per_sample": {"per_sample": True},
+        "learned": {"samples": 1},
     }.get(name, {})
     labels = [] if name in ("dlg", "idlg_per_sample", "labels_only", "version1") else ["attack/labels=known"]
     attacked(pretend, [f"attack={name}", *labels], lenet(), there=name == "labels_only", **federation)
