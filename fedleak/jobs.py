@@ -35,7 +35,7 @@ def through_hydra(
     from hydra.core.hydra_config import HydraConfig
 
     from fedleak.config import check_rules, compose_config, conf_dir, expand_sweep, plain, search_path
-    from fedleak.setup import RULES
+    from fedleak.rules import RULES
 
     flags, overrides = split(arguments)
     sweeps = bool({"--multirun", "-m"} & set(flags))

@@ -6,7 +6,6 @@ It imports neither torch nor Flower: what can be refused without them is refused
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,24 +13,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedleak.config import (
     POSITIVE,
     YES_NO,
-    Rule,
     check_rules,
     choice_files,
     compose_config,
     flat,
-    is_number,
-    list_of,
-    one_of,
     parse,
     plain,
     search_path,
     suggest,
-    whole,
 )
 from fedleak.errors import UsageError
 from fedleak.instantiate import Part
 from fedleak.rounds import NOTHING, Keep, is_due
-from fedleak.threat import GRANTS, VIEWS, ThreatModel
+from fedleak.rules import FIXED, ROOT, RULES
+from fedleak.threat import ThreatModel
 
 if TYPE_CHECKING:
     import torch
@@ -214,78 +209,6 @@ def _proximal(node: Any) -> float:
     return float(node.get("proximal_mu") or _proximal(node.get("strategy")))
 
 
-def _whole_or(word: str) -> Rule:
-    one = whole(1)
-    return Rule(lambda v: v == word or one.test(v), f"{one.mend}, or {word}")
-
-
-BELOW_ONE = Rule(lambda v: is_number(v) and 0 <= v < 1, "a number from 0, below 1")
-
-
-def _chosen(least: int) -> Rule:
-    one, several = whole(0), list_of(least)
-    return Rule(lambda v: v == "all" or one.test(v) or several.test(v), f"all, {one.mend}, or {several.mend}")
-
-
-RULES: Mapping[str, Rule] = {
-    "seed": Rule(lambda v: whole(0).test(v) and v < 2**63, "a whole number from 0, below 2**63"),
-    "quick": YES_NO,
-    "device": one_of("auto", "cpu", "cuda"),
-    "limit": Rule(lambda v: v in ("auto", "off") or v is False, "one of auto, off"),  # YAML reads off as false
-    "auxiliary": Rule(lambda v: v is None or (isinstance(v, str) and v != ""), "null or a folder"),
-    "output_dir": Rule(lambda v: isinstance(v, str) and v != "", "a folder"),
-    "federation.clients": whole(1),
-    "federation.rounds": whole(1),
-    "federation.fraction": Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
-    "federation.batch_size": whole(1),
-    "federation.local_steps": whole(1),
-    "federation.lr": POSITIVE,
-    "federation.payload": one_of("gradient", "weights"),
-    "federation.training_mode": YES_NO,
-    "federation.evaluate_every": whole(1),
-    "federation.capture_every": whole(1),
-    "federation.epochs": whole(1),
-    "federation.batches": one_of("fresh", "fixed"),
-    "federation.dropout": BELOW_ONE,
-    "federation.optimizer": one_of("sgd", "momentum", "nesterov", "adam", "adamw"),
-    "federation.momentum": BELOW_ONE,
-    "federation.betas": Rule(
-        lambda v: isinstance(v, list | tuple) and len(v) == 2 and all(map(BELOW_ONE.test, v)),
-        "two numbers from 0, below 1",
-    ),
-    "federation.eps": POSITIVE,
-    "federation.weight_decay": Rule(lambda v: is_number(v) and 0 <= v < float("inf"), "a number from 0"),
-    "federation.lr_decay": Rule(lambda v: is_number(v) and 0 < v <= 1, "a number above 0, up to 1"),
-    "attack.name": Rule(
-        lambda v: isinstance(v, str) and re.fullmatch(r"[\w+-][\w.+-]*", v) is not None, "a plain name"
-    ),
-    "attack.restarts": whole(1),
-    "attack.max_evaluations": whole(1),
-    "attack.every": _whole_or("auto"),
-    "attack.adaptive": YES_NO,
-    "attack.candidates": whole(1),
-    "attack.executor": one_of("local", "ray"),
-    "attack.clients": _whole_or("all"),
-    **{f"threat.{name}": YES_NO for name in GRANTS},
-    "threat.view": one_of(*VIEWS),
-    "capture.clients": _chosen(0),
-    "capture.rounds": _chosen(1),
-    "capture.dtype": Rule(
-        lambda v: v in (None, "float16", "bfloat16", "float32"), "float16, bfloat16, float32 or null"
-    ),
-}
-"""Keys checked by value; the parts behind a `_target_` check their own."""
-
-GROUPS = ("data", "partition", "model", "defense", "adversary", "engine", "tracking", "strategy")
-ROOT = (
-    *(*GROUPS, "federation", "threat", "capture", "attack", "study"),
-    *("seed", "quick", "device", "limit", "output_dir", "auxiliary", "experiment"),
-)
-"""All that may stand at the root of the configuration."""
-FIXED = ("federation", "threat", "capture")
-"""Groups whose keys are all known; a key added to them with ``+`` would do nothing."""
-
-
 def compose(overrides: Sequence[str]) -> Setup:
     """The setup of some overrides; raises `UsageError` as `compose_config` and `read` do."""
     return read(plain(compose_config(overrides)), overrides)
@@ -313,6 +236,27 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
     if isinstance(data, Mapping) and not YES_NO.test(data.get("download", False)):
         raise UsageError(f"data.download={data['download']}: must be {YES_NO.mend}")
     federation, threat = Federation(**config["federation"]), ThreatModel(**config["threat"])
+    _check_together(config, federation, threat)
+    groups = ("data", "partition", "model", "defense", "adversary", "strategy", "engine", "tracking")
+    parts: dict[str, Any] = {key: Part(key, config.get(key)) for key in groups}  # type: ignore[arg-type]
+    return Setup(
+        seed=config["seed"],
+        quick=config["quick"],
+        device=config["device"],
+        limit="auto" if config["limit"] == "auto" else "off",
+        federation=federation,
+        threat=threat,
+        attack=_plan(config["attack"], overrides),
+        study=_study(config, overrides),
+        capture=_keep(config),
+        auxiliary=config["auxiliary"],
+        settings=flat(config),
+        **parts,
+    )
+
+
+def _check_together(config: Mapping[str, Any], federation: Federation, threat: ThreatModel) -> None:
+    """Raise `UsageError` where settings that are fine alone contradict one another."""
     once = federation.local_steps == federation.epochs == 1
     if threat.per_sample_gradients and (federation.payload != "gradient" or not once):
         raise UsageError(
@@ -338,7 +282,10 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
             "threat.view=models: the next model tells the mean update where the server takes it as it is; "
             "choose strategy=fedavg or fedprox"
         )
-    attack = config["attack"]
+
+
+def _plan(attack: Mapping[str, Any], overrides: Sequence[str]) -> AttackPlan:
+    """The `attack` group."""
     seconds = attack.get("seconds")
     if seconds is not None and not POSITIVE.test(seconds):
         raise UsageError(f"attack.seconds={seconds}: must be {POSITIVE.mend}, or null for as long as it takes")
@@ -359,22 +306,7 @@ def read(config: Mapping[str, Any], overrides: Sequence[str] = ()) -> Setup:
     plan["seconds"] = seconds
     for key in ("labels", "inversion", "view"):
         plan[key] = None if attack.get(key) is None else Part(f"attack.{key}", attack[key])
-    groups = ("data", "partition", "model", "defense", "adversary", "strategy", "engine", "tracking")
-    parts: dict[str, Any] = {key: Part(key, config.get(key)) for key in groups}  # type: ignore[arg-type]
-    return Setup(
-        seed=config["seed"],
-        quick=config["quick"],
-        device=config["device"],
-        limit="auto" if config["limit"] == "auto" else "off",
-        federation=federation,
-        threat=threat,
-        attack=AttackPlan(**plan),
-        study=_study(config, overrides),
-        capture=_keep(config),
-        auxiliary=config["auxiliary"],
-        settings=flat(config),
-        **parts,
-    )
+    return AttackPlan(**plan)
 
 
 def _keep(config: Mapping[str, Any]) -> Keep:

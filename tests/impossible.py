@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedleak.config import choice_files, parse
-from fedleak.setup import RULES
+from fedleak.rules import RULES
 
 JUNK = ["-1", "0", "1.5", "-0.5", "abc", "null", "[]", "[1,2]", "{a:1}", "nan", "inf", "-inf", "true", "''", "2"]
 JUNK += ["99999999999999999999", "[a,null]", "1e400", "../x", "'é'", "[[1]]"]
