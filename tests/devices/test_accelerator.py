@@ -90,7 +90,9 @@ def test_attack(name, pretend):
         "learned": {"samples": 1},
     }.get(name, {})
     labels = [] if name in ("dlg", "idlg_per_sample", "labels_only", "version1") else ["attack/labels=known"]
-    attacked(pretend, [f"attack={name}", *labels], lenet(), there=name == "labels_only", **federation)
+    few = [f"attack.inversion.{setting}" for setting in ("examples=40", "projections=8", "steps=2", "rounds=1")]
+    chosen = [f"attack={name}", *labels, *(few if name == "learned" else [])]
+    attacked(pretend, chosen, lenet(), there=name == "labels_only", **federation)
 
 
 @pytest.mark.parametrize("name", LABELS)

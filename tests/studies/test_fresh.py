@@ -153,7 +153,7 @@ def test_published_procedures_take_the_evaluations_of_their_batch_size(tmp_path)
 @pytest.mark.parametrize(
     ("name", "settings", "picture"),
     [
-        ("batch_size", ["study.batch_sizes=[1,2]", "study.networks=[2,2]"], "errors"),
+        ("batch_size", ["study.batch_sizes=[1,2]", "study.networks=[2,2]", "study.evaluations=[41,41]"], "errors"),
         ("mlp_dlg", ["study.networks=2", "study.budgets=[3,30]"], "evaluations"),
     ],
 )

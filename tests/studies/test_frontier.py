@@ -142,6 +142,7 @@ def test_privacy_is_drawn_where_there_are_several_epsilons(tmp_path):
     assert (tmp_path / "two.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow  # fifteen seconds
 def test_a_federation_of_another_make_has_its_line(tmp_path):
     narrow = "['model=lenet_precode', 'model.precode=8']"
     made = f"{{precode: {narrow}, flower: ['strategy=dp_client', 'federation.payload=weights']}}"

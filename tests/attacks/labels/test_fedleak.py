@@ -68,7 +68,9 @@ def test_a_single_sample_follows_the_sign_rule(observe, lenet, knowing):
         (1, 0.98, "gradient", False),
         (1, 0.98, "weights", True),
         (1, 0.98, "weights", False),
-        (4, 0.85, "gradient", False),  # these simulate clients, at twenty times the cost
+        pytest.param(
+            4, 0.85, "gradient", False, marks=pytest.mark.slow
+        ),  # these simulate clients, at twenty times the cost
         (4, 0.85, "weights", True),
     ],
 )
