@@ -114,6 +114,8 @@ class Attack:
     def _check_scale(self, training: LocalTraining) -> None:
         if training.scale is not None or not self.inversion.needs_scale:
             return
+        if training.optimizer is not None and self.inversion.simulates:
+            return
         if training.optimizer is None:
             raise UsageError(
                 f"attack={self.name} needs the learning rate to turn new weights into a gradient; grant it with "

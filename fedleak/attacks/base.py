@@ -118,6 +118,8 @@ class Inversion(ABC):
     """Fields of `ThreatModel` that must be granted."""
     needs_scale: ClassVar[bool] = True
     """Whether the size of the gradient matters, and so the learning rate where new weights are sent."""
+    simulates: ClassVar[bool] = False
+    """Whether it goes through the client's own optimiser, so that a known one needs no scale."""
     label_candidates: ClassVar[int] = 1
     """How many label multisets it decides between by itself, however many `attack.candidates` asks for."""
     fixed_batches: ClassVar[bool] = False

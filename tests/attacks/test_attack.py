@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedleak.attacks import Attack, Knowledge, LabelsOnly, SecureSum, StopReason
-from fedleak.attacks.inversion import GradientMatching
+from fedleak.attacks.inversion import MAP, GradientMatching
 from fedleak.attacks.labels import IDLG, Random, Version1
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.errors import UsageError
@@ -74,6 +74,9 @@ def test_what_an_inversion_cannot_know_is_refused_before_any_work(observe):
         attack.check(blind, whole)
     with pytest.raises(UsageError, match="do not tell after Adam"):
         attack.check(ThreatModel(), replace(whole, optimizer=Adam(0.1)))
+    Attack(Random(), MAP()).check(ThreatModel(), replace(whole, optimizer=Adam(0.1)))  # goes through the optimiser
+    with pytest.raises(UsageError, match="needs the learning rate"):
+        Attack(Random(), MAP()).check(blind, whole)
     Attack(Random(), LabelsOnly()).check(blind, whole)
     observation, _, _ = observe(1, payload="weights")
     with pytest.raises(UsageError, match="needs the learning rate"):

@@ -68,6 +68,8 @@ class MAP(Inversion):
         Bakushinskii 1992 (iteratively regularised Gauss-Newton); Tarantola 2005 (linearised posteriors).
     """
 
+    simulates = True
+
     def __init__(
         self,
         *,
