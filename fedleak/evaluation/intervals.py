@@ -37,6 +37,24 @@ def student(values: Iterable[float]) -> tuple[float, float]:
     return float(numbers.mean() - half), float(numbers.mean() + half)
 
 
+def geometric(values: Iterable[float], most: float = 1.0) -> tuple[float, float]:
+    """The 95% interval of a geometric mean of errors, by Student's t of their logarithms; NaN for fewer than three.
+
+    Two values may lie twelve decades apart, and 12.7 standard errors of their logarithms then say nothing; of three and
+    more the interval ends at the most that the quantity can be.
+
+    Args:
+        values: above 0.
+        most: that the quantity can be; images in [0, 1] differ by a mean squared error of at most 1.
+    """
+    logs = np.log(np.asarray(list(values), dtype=float))
+    if len(logs) < 3:
+        return float("nan"), float("nan")
+    low, high = student(logs)
+    most = max(most, float(np.exp(logs.max())))
+    return float(np.exp(low)), float(np.exp(min(high, np.log(most))))
+
+
 def of_median(values: Iterable[float]) -> tuple[float, float]:
     """An interval of a median at 95% or more, from the order of the values alone; infinite values are welcome.
 

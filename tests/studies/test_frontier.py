@@ -7,6 +7,7 @@ from fedleak.cli import main
 from fedleak.studies.frontier.cells import COLUMNS
 from fedleak.studies.frontier.page import sentence
 from fedleak.studies.frontier.pictures import draw_privacy
+from fedleak.studies.frontier.ranking import draw_ranking, rank
 from fedleak.studies.frontier.summary import summarise
 
 SMALL = [
@@ -68,7 +69,9 @@ def test_pictures_page_and_summary(frontier):
     for name in ("frontier.png", "images.png"):
         assert (out / name).read_bytes()[:4] == b"\x89PNG"
     page = (out / "frontier.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    ranking = pd.read_csv(out / "ranking.csv")
+    assert {"quiet"} <= set(ranking.defense) <= {"quiet", "dpsgd"}
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace("https://github.com", "")
     assert "dpsgd" in page
 
@@ -102,6 +105,7 @@ def test_what_is_done_is_not_done_again(frontier, capsys):
         ),
         ("frontier.federations={big: 3}", "frontier.federations.big=3: must be a list of overrides"),
         ("frontier.federations={big: ['federation.batch_size=0']}", "federation.batch_size=0"),
+        ("frontier.cost=2", "frontier.cost=2: must be a number between 0 and 1, such as 0.02"),
         ("frontier.delta=1", "frontier.delta=1: must be a number between 0 and 1"),
         ("frontier.attackers={none: ['attack=none']}", "frontier.attackers.none: attacks nothing"),
         ("defense=gaussian", "defense=gaussian: a frontier has many"),
@@ -126,8 +130,50 @@ def test_the_summary_says_what_is_lost_and_which_defense_leaks_least():
     assert summary.loc[("mild", "one"), "accuracy_lost"] == pytest.approx(0.01)
     assert summary.loc[("hard", "one"), "lost_low"] == pytest.approx(0.4)
     assert summary.loc[("mild", "one"), "mse"] == pytest.approx(1e-3)
-    text = sentence(summary.reset_index())
+    text = sentence(summary.reset_index(), 0.02)
     assert "mild 1 leaks least: the best attack (one)" in text
+
+
+def test_two_values_have_no_interval_and_three_a_possible_one():
+    row = {"defense": "none", "strength": 0.0, "attacker": "one", "round": 1, "epsilon": None, "label_accuracy": 1.0}
+    row |= {"psnr": 10.0, "ssim": 0.5, "recovered": 0.5, "recognised": 0.5, "limit_bits": 1.0, "limit_mse": 1e-9}
+    errors, accuracies = (1e-13, 0.2, 1e-6), (0.1, 0.9, 0.5)
+    rows = [
+        row | {"seed": s, "mse": e, "test_accuracy": a} for s, (e, a) in enumerate(zip(errors, accuracies, strict=True))
+    ]
+    two, three = summarise(pd.DataFrame(rows[:2])).iloc[0], summarise(pd.DataFrame(rows)).iloc[0]
+    for name in ("mse", "limit_mse"):
+        assert two[[f"{name}_low", f"{name}_high"]].isna().all()
+    assert two[["accuracy_low", "lost_high"]].isna().all()
+    assert two["recovered_low"] < 0.5 < two["recovered_high"]  # a share has one
+    assert three["mse_high"] == 1
+    assert 0 < three["mse_low"] < 1e-13
+    assert three["limit_mse_low"] == three["limit_mse_high"] == pytest.approx(1e-9)
+    assert tuple(three[["accuracy_low", "accuracy_high"]]) == (0, 1)
+
+
+def test_the_ranking_holds_what_is_affordable_the_least_leaking_first(tmp_path):
+    shares = {f"{n}{end}": 0.5 for n in ("recovered", "recognised") for end in ("", "_low", "_high")}
+    rows = [
+        {"defense": name, "strength": 1.0, "attacker": who, "updates": 6, "accuracy_lost": lost}
+        | {"lost_low": lost - 0.01, "lost_high": lost + 0.01}
+        | {"limit_mse": limit, "limit_mse_low": limit / 2, "limit_mse_high": limit * 2}
+        | {"mse": mse, "mse_low": mse / 2, "mse_high": mse * 2, **shares}
+        for name, lost, limit, mse in (
+            ("none", 0.0, 1e-14, 1e-14), ("exact", -0.01, 1e-9, 1e-3), ("noise", 0.02, 1e-3, 1e-2),
+            ("signs", 0.01, 1e-4, 2e-2), ("dear", 0.03, 0.1, 0.1),
+        )
+        for who, mse in (("naive", 0.3), ("adaptive", mse))
+    ]  # fmt: skip
+    ranking = rank(pd.DataFrame(rows), 0.02)
+    assert list(ranking.defense) == ["noise", "signs", "exact"]
+    assert list(ranking.rank_limit) == [1, 2, 3]
+    assert list(ranking.rank_attack) == [2, 1, 3]
+    assert set(ranking.attacker) == {"adaptive"}
+    draw_ranking(ranking, 0.02, tmp_path / "some.png")
+    assert (tmp_path / "some.png").read_bytes()[:4] == b"\x89PNG"
+    draw_ranking(rank(pd.DataFrame(rows), -1.0), 0.02, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_privacy_is_drawn_where_there_are_several_epsilons(tmp_path):

@@ -12,8 +12,7 @@ import pandas as pd
 
 from fedleak import files
 from fedleak.report.common import percent, small
-from fedleak.studies.frontier.cells import CLEAN, CONTROL
-from fedleak.studies.frontier.pictures import best_attack
+from fedleak.studies.frontier.ranking import affordable
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1f2937 }
@@ -25,12 +24,19 @@ figcaption { color: #4b5563; font-size: 13px }
 """
 
 
-def write_page(summary: pd.DataFrame, folder: Path, attackers: Sequence[str]) -> Path:
-    """``frontier.html`` in `folder`, which holds the pictures already; returns its path."""
-    parts = [f"<h1>Defenses: cost and leakage</h1><p>{html.escape(sentence(summary))}</p>"]
+def write_page(summary: pd.DataFrame, folder: Path, attackers: Sequence[str], cost: float) -> Path:
+    """``frontier.html`` in `folder`, which holds the pictures already; returns its path.
+
+    Args:
+        cost: test accuracy that a defense may cost, see `rank`.
+    """
+    parts = [f"<h1>Defenses: cost and leakage</h1><p>{html.escape(sentence(summary, cost))}</p>"]
     said = {
         "frontier.png": "Left: error of the best attack (solid) and the least error anyone could reach (dashed). "
-        "Right: what a classifier trained on other images still names rightly. Numbers at the points are strengths.",
+        "Right: what a classifier trained on other images still names rightly. Numbers at the points are strengths, "
+        "bars 95% intervals, which take three values.",
+        "ranking.png": "What leaks through the defenses that cost little, by the limit: the least error anyone could "
+        "reach, and that of the best attack.",
         "privacy.png": "By epsilon: error of the best attack and the limit; what was recovered, the most that the "
         "chance of a reconstruction can be (formal bound, one of ten known candidates), and test accuracy.",
         "images.png": "Private images and what each attacker rebuilt: " + ", ".join(attackers) + ".",
@@ -51,16 +57,16 @@ def write_page(summary: pd.DataFrame, folder: Path, attackers: Sequence[str]) ->
     return path
 
 
-def sentence(summary: pd.DataFrame) -> str:
-    """The result in words: of the defenses that cost at most two points, the one that leaks least."""
-    best = best_attack(summary)
-    cheap = best[(best["accuracy_lost"].astype(float) <= 0.02) & ~best["defense"].isin([CLEAN, CONTROL])]
+def sentence(summary: pd.DataFrame, cost: float) -> str:
+    """The result in words: of the defenses that cost at most so much accuracy, the one that leaks least."""
+    cheap = affordable(summary, cost)
+    points = f"{100 * cost:g} points of test accuracy"
     if not len(cheap):
-        return "No defense costs two points of test accuracy or less."
+        return f"No defense costs {points} or less."
     row = cheap.sort_values("mse").iloc[-1]
     limit = "" if pd.isna(row["limit_mse"]) else f" (possible: {small(float(row['limit_mse']))})"
     return (
-        f"Of {len(cheap)} settings that cost at most two points of test accuracy, {row['defense']} {row['strength']:g} "
+        f"Of {len(cheap)} settings that cost at most {points}, {row['defense']} {row['strength']:g} "
         f"leaks least: the best attack ({row['attacker']}) is left with a mean squared error of "
         f"{small(float(row['mse']))}{limit}, and {percent(float(row['recognised']))} of its images are recognised."
     )
@@ -76,6 +82,8 @@ def _table(summary: pd.DataFrame) -> str:
         "recovered",
         "recognised",
         "limit_mse",
+        "limit_mse_low",
+        "limit_mse_high",
         "limit_bits",
         "reconstruction_bound",
     ]

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedleak.studies.frontier.cells import CLEAN, CONTROL, Cell
+from fedleak.studies.frontier.ranking import best_attack
+from fedleak.studies.summaries import spread
 
 _COLORS = ("#0f766e", "#c2410c", "#1d4ed8", "#7c3aed", "#be185d", "#4d7c0f", "#0891b2", "#a16207", "#475569", "#dc2626")
 _MARKS = "osD^vP*X<>"
 
 
-def best_attack(summary: pd.DataFrame) -> pd.DataFrame:
-    """Of every defense and strength the row of the attacker that came nearest."""
-    known = summary.dropna(subset=["mse"])
-    return known.loc[known.groupby(["defense", "strength"], sort=False)["mse"].idxmin()]
-
-
 def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
     """Left the error of the best attack (solid) and the limit (dashed), right what a classifier still names.
 
-    Both against the test accuracy: a defense is good to the right, and high (left panel) or low (right panel).
+    Both against the test accuracy: a defense is good to the right, and high (left panel) or low (right panel). Bars are
+    95% intervals, where there are three values or more.
     """
     figure = Figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -35,6 +34,8 @@ def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
     for number, name in enumerate(names):
         mine = best[best["defense"] == name].sort_values("test_accuracy")
         look = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKS[number // len(_COLORS) % len(_MARKS)]}
+        _bars(left, mine, "mse", look["color"])
+        _bars(right, mine, "recognised", look["color"])
         left.plot(mine["test_accuracy"], mine["mse"], label=name, linewidth=1.6, **look)
         limit = mine["limit_mse"].astype(float)  # a dash where there is but one strength
         left.plot(mine["test_accuracy"], limit, linestyle="--", marker="_", markersize=14, color=look["color"])
@@ -59,6 +60,15 @@ def draw_frontier(summary: pd.DataFrame, path: Path) -> None:
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     figure.suptitle("What defenses cost, and what leaks through them all the same")
     figure.savefig(path, dpi=110)
+
+
+def _bars(panel: Axes, rows: pd.DataFrame, value: str, color: str) -> None:
+    """The intervals of leakage and of accuracy, thin behind the points."""
+    known = rows.astype(dict.fromkeys((value, f"{value}_low", f"{value}_high"), float))
+    across = spread(known, "test_accuracy", "accuracy_low", "accuracy_high")
+    along = spread(known, value, f"{value}_low", f"{value}_high")
+    look: dict[str, Any] = {"fmt": "none", "ecolor": color, "elinewidth": 0.8, "alpha": 0.5, "capsize": 1.5}
+    panel.errorbar(known["test_accuracy"], known[value], xerr=across, yerr=along, **look)
 
 
 def draw_privacy(summary: pd.DataFrame, path: Path) -> None:

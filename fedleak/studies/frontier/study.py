@@ -24,9 +24,11 @@ from fedleak.studies.base import Job, Study, require
 from fedleak.studies.frontier.cells import CLEAN, COLUMNS, CONTROL, Cell, knob_of, promises, run_cell
 from fedleak.studies.frontier.page import write_page
 from fedleak.studies.frontier.pictures import draw_frontier, draw_images, draw_privacy
+from fedleak.studies.frontier.ranking import draw_ranking, rank
 from fedleak.studies.frontier.summary import summarise
 
 _ABOVE = Rule(lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
+_SHARE = Rule(lambda v: is_number(v) and 0 <= v <= 1, "a number between 0 and 1, such as 0.02 for two points")
 _AUTO = Rule(lambda v: v == "auto" or whole(1).test(v), "a whole number of at least 1, or auto")
 
 
@@ -44,6 +46,7 @@ class Frontier(Study):
         moments: rounds whose updates are attacked.
         victims: updates of each moment.
         delta: the δ of (ε, δ).
+        cost: test accuracy that a defense of the ranking may cost, as a share, in the mean over seeds.
         processes: cells at a time, or ``auto`` for one a core.
     """
 
@@ -54,12 +57,14 @@ class Frontier(Study):
     moments: Sequence[int] = (1,)
     victims: int = 1
     delta: float = 1e-5
+    cost: float = 0.02
     processes: int | str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("seeds", "victims"):
             require(name, getattr(self, name), whole(1), "frontier")
         require("delta", self.delta, _ABOVE, "frontier")
+        require("cost", self.cost, _SHARE, "frontier")
         require("processes", self.processes, _AUTO, "frontier")
         moments = Rule(
             lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(whole(1).test(m) for m in v), "rounds, from 1"
@@ -80,9 +85,9 @@ class Frontier(Study):
             require(f"defenses.{name}", strengths, rule, "frontier")
 
     def check(self, job: Job) -> None:
-        """Every cell is composed and prepared, with every attacker, before any runs."""
+        """A cell of every defense and strength is composed and prepared, with every attacker, before any runs."""
         self._fingerprint(job)
-        for cell in self._cells(job):
+        for cell in (cell for cell in self._cells(job) if cell.seed == job.seed):
             setup = cell.setup()
             prepare(setup)
             beyond = [moment for moment in self.moments if moment > setup.federation.rounds]
@@ -98,7 +103,7 @@ class Frontier(Study):
                 prepare(attacked)
 
     def run(self, job: Job) -> pd.DataFrame:
-        """Run what is not done yet, then write ``frontier.csv``, ``summary.csv``, the pictures and the page."""
+        """Run what is not done yet, then write ``frontier.csv``, ``summary.csv``, ``ranking.csv``, pictures, page."""
         cells = self._cells(job)
         write_json({"settings": self._fingerprint(job)}, job.folder / "frontier.json")
         todo = [cell for cell in cells if not cell.rows.exists()]
@@ -111,10 +116,13 @@ class Frontier(Study):
         frame = self._gather(cells, job)
         summary = self._with_bounds(summarise(frame), cells)
         write_csv(summary, job.folder / "summary.csv")
+        ranking = rank(summary, self.cost)
+        write_csv(ranking, job.folder / "ranking.csv")
+        draw_ranking(ranking, self.cost, job.folder / "ranking.png")
         draw_frontier(summary, job.folder / "frontier.png")
         draw_privacy(summary, job.folder / "privacy.png")
         draw_images(cells, frame, job.folder / "images.png")
-        write_page(summary, job.folder, list(self.attackers))
+        write_page(summary, job.folder, list(self.attackers), self.cost)
         shown = ["defense", "strength", "attacker", "test_accuracy", "epsilon", "label_accuracy", "mse", "recovered"]
         return summary[[*shown, "recognised", "limit_mse"]]
 
@@ -187,7 +195,7 @@ class Frontier(Study):
         kept = {
             key: value
             for key, value in vars(self).items()
-            if key not in ("defenses", "federations", "seeds", "processes")
+            if key not in ("defenses", "federations", "seeds", "processes", "cost")
         }
         own = {
             k: v for k, v in job.setup.settings.items() if not k.startswith(("study", "output_dir", "seed", "hydra"))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedleak.evaluation.intervals import student, wilson
+from fedleak.evaluation.intervals import geometric, student, wilson
 from fedleak.studies.frontier.cells import CLEAN
 from fedleak.studies.summaries import by_group
 
@@ -18,15 +18,16 @@ _LEAST = 1e-16
 
 def summarise(frame: pd.DataFrame) -> pd.DataFrame:
     """Means and 95% intervals: of accuracy over seeds (Student's t), of shares over rows (Wilson's), and of errors as
-    geometric means (Student's t of their logarithms); with the accuracy lost against no defense on the same seeds."""
+    geometric means (see `geometric`); with the accuracy lost against no defense on the same seeds. Fewer than three
+    values have no interval but a share's."""
     clean = frame[frame["defense"] == CLEAN].drop_duplicates("seed").set_index("seed")["test_accuracy"]
 
     def row(group: pd.DataFrame) -> dict[str, Any]:
         seeds = group.drop_duplicates("seed")
         accuracy = pd.to_numeric(seeds["test_accuracy"], errors="coerce")
         lost = clean.reindex(seeds["seed"]).to_numpy() - accuracy.to_numpy()
-        low, high = student(accuracy.dropna())
-        lost_low, lost_high = student(lost[np.isfinite(lost)])
+        low, high = _interval(accuracy.dropna(), 0.0, 1.0)
+        lost_low, lost_high = _interval(lost[np.isfinite(lost)], -1.0, 1.0)
         found = {
             "updates": len(group),
             "test_accuracy": _short(accuracy.mean()),
@@ -42,15 +43,21 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             low, high = wilson(share, len(group)) if np.isfinite(share) else (np.nan, np.nan)
             found |= {name: _short(share), f"{name}_low": _short(low), f"{name}_high": _short(high)}
         for name in ("mse", "limit_mse"):
-            logs = np.log(pd.to_numeric(group[name], errors="coerce").dropna().clip(lower=_LEAST))
-            low, high = student(logs)
-            found[name] = _short(np.exp(logs.mean())) if len(logs) else None
-            found |= {f"{name}_low": _short(np.exp(low)), f"{name}_high": _short(np.exp(high))}
+            errors = pd.to_numeric(group[name], errors="coerce").dropna().clip(lower=_LEAST)
+            low, high = geometric(errors)
+            found[name] = _short(np.exp(np.log(errors).mean())) if len(errors) else None
+            found |= {f"{name}_low": _short(low), f"{name}_high": _short(high)}
         for name in ("psnr", "ssim", "limit_bits"):
             found[name] = _short(pd.to_numeric(group[name], errors="coerce").mean())
         return found
 
     return by_group(frame, KEYS, row)
+
+
+def _interval(values: Any, least: float, most: float) -> tuple[float, float]:
+    """Student's interval within what the quantity can be; NaN for fewer than three values, of which it says nothing."""
+    low, high = student(values) if len(values) > 2 else (np.nan, np.nan)
+    return float(np.clip(low, least, most)), float(np.clip(high, least, most))
 
 
 def _short(value: float | None) -> float | None:
