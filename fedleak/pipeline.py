@@ -23,6 +23,7 @@ from fedleak.executor import attack_on_ray
 from fedleak.facts import describe, facts
 from fedleak.federation.checkpoint import FILE, Checkpoint
 from fedleak.federation.client import make_client_app
+from fedleak.federation.engine import LocalEngine
 from fedleak.federation.scenario import Scenario, build_scenario, shared_model
 from fedleak.federation.server import RoundRow, make_server_app, read_rows
 from fedleak.files import alone
@@ -32,6 +33,7 @@ from fedleak.outcome import Outcome, write_outcome
 from fedleak.prepare import prepare
 from fedleak.rounds import NOTHING, choose_victims
 from fedleak.setup import Setup
+from fedleak.shards import Background
 from fedleak.tracking import Tracker, finite, tracked
 from fedleak.truth import TruthStore
 
@@ -104,8 +106,10 @@ def _federate(
 
         for row in [] if since is None else read_rows(folder / "rounds.csv"):
             on_row(row)
-        server_app = make_server_app(scenario, folder, on_row=on_row, since=since, of=identity(setup))
-        client_app = make_client_app(setup, folder.absolute() / "truth")
+        # Clients in this process leave writing to the thread that the captures have; others must not lose what waits.
+        writer = Background() if isinstance(engine, LocalEngine) else None
+        server_app = make_server_app(scenario, folder, on_row=on_row, since=since, of=identity(setup), writer=writer)
+        client_app = make_client_app(setup, TruthStore(folder.absolute() / "truth", writer))
         engine.run(server_app, client_app, scenario.federation.clients)
     if missing:
         console.headline(f"{missing} answers of clients were not averaged, for the reasons said above")

@@ -26,6 +26,7 @@ from fedleak.federation.records import to_arrays, to_tensors
 from fedleak.federation.scenario import Scenario, build_strategy
 from fedleak.federation.strategy import Repeatable
 from fedleak.rounds import NOTHING
+from fedleak.shards import Background
 
 log = logging.getLogger("fedleak")
 
@@ -69,6 +70,7 @@ def make_server_app(
     on_round: Callable[[int, list[Observation]], None] | None = None,
     since: Checkpoint | None = None,
     of: str = "",
+    writer: Background | None = None,
 ) -> ServerApp:
     """The ServerApp of a federation: writes `captures/` and `rounds.csv`, a line as each round ends, and a checkpoint.
 
@@ -79,6 +81,7 @@ def make_server_app(
         on_round: called with each round's observations, see `Eavesdropper`.
         since: what to go on from, `rewind` done; None begins with the first round.
         of: what the run is of, for its checkpoints.
+        writer: writes the captures, and has the truth to write as well where clients are in this process.
     """
     app = ServerApp()
     parameters, buffers = scenario.start()
@@ -87,6 +90,8 @@ def make_server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         strategy = _overheard(scenario, run_dir, keeper, on_round)
+        if isinstance(strategy, Eavesdropper) and writer is not None:
+            strategy.store.writer = writer
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "rounds.csv").open("w" if since is None else "a", newline="") as file:
             rounds = _Rounds(scenario, keeper, strategy, file, on_row)
