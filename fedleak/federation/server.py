@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch.func import functional_call
 
+from fedleak import files
 from fedleak.capture import CaptureStore, Observation
 from fedleak.data import to_float
 from fedleak.errors import UsageError
@@ -152,9 +153,10 @@ class _Checkpoints:
         """A checkpoint, once what the eavesdropper heard in this round is on disk."""
         model, memory = to_tensors(arrays), _memory(self.inner.strategy, aloud=server_round == self.inner.done + 1)
         seconds = time.perf_counter() - self.began + (0.0 if self.since is None else self.since.seconds)
+        rounds = files.digest(self.run_dir / "rounds.csv")  # now, before another round's line is there
 
         def write(lines: int) -> None:
-            Checkpoint(server_round, model, memory, lines, self.of, seconds).write(self.run_dir)
+            Checkpoint(server_round, model, memory, lines, self.of, seconds, rounds).write(self.run_dir)
 
         if isinstance(strategy, Eavesdropper):
             strategy.store.afterwards(write, sum(v.nbytes for v in [*model.values(), *memory.tensors.values()]))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fedleak.attacks import Attack
+from fedleak.attacks.store import ReconstructionStore
 from fedleak.capture import Observation
 from fedleak.config import Rule, is_number, whole
 from fedleak.defenses import Defense, Gaussian, Laplacian, NoDefense, Pruning
@@ -114,6 +115,7 @@ class FirstDefenses(Study):
                     defended.knowledge,
                     device=job.device,
                     seed=job.seed,
+                    store=ReconstructionStore(job.folder / "reconstructions" / name),
                     on_progress=on_progress,
                 )
             pairs = [match(one, truth)[0] for one, truth in zip(found, defended.truths, strict=True)]

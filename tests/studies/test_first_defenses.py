@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
+from fedleak.attacks.store import ReconstructionStore
 from fedleak.errors import UsageError
 from fedleak.setup import compose
 from fedleak.studies import FirstDefenses, Job
@@ -83,3 +86,28 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path, setting, message)
     with pytest.raises(UsageError, match=message):
         FirstDefenses(**{**SETTINGS, **setting}).check(job(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_study_rebuilds_no_image_twice(tmp_path, monkeypatch):
+    study = FirstDefenses(
+        **{**SETTINGS, "attacks": {"idlg": [*SETTINGS["attacks"]["idlg"][:2], "attack.max_evaluations=5"]}}
+    )
+    study.run(job(tmp_path / "whole"))
+    write, written = ReconstructionStore.write, []
+
+    def interrupted(self, one):
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        written.append(one)
+        write(self, one)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReconstructionStore, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study.run(job(tmp_path / "run"))
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("round-*.safetensors")}
+    assert len(kept) == 4
+    study.run(replace(job(tmp_path / "run"), resume=True))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    for name in ("results.csv", "utility.csv", "summary.csv"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
