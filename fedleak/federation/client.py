@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -24,14 +25,14 @@ WITHHELD = "withheld"
 """Of a client's memory: what its defense took from earlier changes."""
 
 
-def make_client_app(setup: Setup, truth: TruthStore) -> ClientApp:
+def make_client_app(setup: Setup, truth_dir: Path) -> ClientApp:
     """The ClientApp of a federation.
 
     It closes over the setup only: each process builds the scenario once, so that Ray ships no images.
 
     Args:
         setup: the run's.
-        truth: where the client keeps its private batches for the evaluation. It never travels to the server.
+        truth_dir: where the client keeps its private batches for the evaluation. It never travels to the server.
     """
     app = ClientApp()
     clipping = CLIPPING.get(setup.strategy.name)
@@ -53,7 +54,7 @@ def make_client_app(setup: Setup, truth: TruthStore) -> ClientApp:
         scenario = replace(scenario, training=replace(scenario.training, proximal=proximal))
         received = to_tensors(message.content.array_records[ARRAYS])
         with one_thread():
-            content = train_once(scenario, client, server_round, received, truth, memory=context.state)
+            content = train_once(scenario, client, server_round, received, truth_dir, memory=context.state)
         return Message(content, reply_to=message)
 
     return app
@@ -64,7 +65,7 @@ def train_once(
     client: int,
     server_round: int,
     received: dict[str, Tensor],
-    truth: TruthStore,
+    truth_dir: Path,
     *,
     memory: RecordDict | None = None,
 ) -> RecordDict:
@@ -72,7 +73,7 @@ def train_once(
     federation = scenario.federation
     images, labels = scenario.private_batch(client, server_round)
     if scenario.keep(server_round, client):
-        truth.write(Truth(server_round, client, images, labels, federation.local_steps))
+        TruthStore(truth_dir).write(Truth(server_round, client, images, labels, federation.local_steps))
     names = [name for name, _ in scenario.model.named_parameters()]
     device = scenario.device
     start = {name: received[name].to(device) for name in names}

@@ -13,18 +13,21 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fedleak.attacks import Attack
-from fedleak.attacks.store import ReconstructionStore
+from fedleak.attacks import Attack, Knowledge, Reconstruction
+from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.capture import Observation
 from fedleak.config import Rule, is_number, whole
+from fedleak.data import ImageData, to_float
 from fedleak.defenses import Defense, Gaussian, Laplacian, NoDefense, Pruning
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import normal, wilson
+from fedleak.evaluation.limits import limit_of
 from fedleak.evaluation.matching import Match, match
 from fedleak.evaluation.metrics import mse, psnr, ssim
 from fedleak.outcome import write_csv
 from fedleak.report.pictures import pixels
 from fedleak.seeding import generator
+from fedleak.setup import named
 from fedleak.studies.base import Job, Study, require
 from fedleak.studies.captured import Captured
 from fedleak.studies.federations import cell_attack, check_cells, run_cells
@@ -37,6 +40,19 @@ KEYS = ["attack", "defense", "strength"]
 CLEAN, CONTROL, GUESS = "none", "pure noise", "guess"
 OVERRIDES = {"gaussian": "std", "laplacian": "scale", "pruning": "ratio"}
 """Defense -> the key of its strength."""
+_MOST_DECIBELS = 100.0
+"""Of the pictures."""
+FORMATS = "formats"
+"""The panel of those that are taken as they stand."""
+PUBLISHED = {
+    "gaussian": ((1e-3, "no"), (1.0, "yes")),
+    "laplacian": ((1e-3, "no"), (1.0, "yes")),
+    "pruning": ((0.1, "no"), (0.2, "artefacts"), (1.0, "yes")),
+    "fp16": ((1.0, "no"),),
+    "bf16": ((1.0, "no"),),
+    "int8": ((1.0, "yes"),),
+}
+"""Defense -> whether DLG says that it stops the leak, from memory of its figures: each answer up to its strength."""
 
 _strengths = Rule(
     lambda v: isinstance(v, list) and len(v) > 0 and all(is_number(x) and x > 0 for x in v), "a list of numbers above 0"
@@ -53,11 +69,31 @@ class PureNoise(Defense):
         }
 
 
+@dataclass(frozen=True)
+class Column:
+    """The victims' updates under one defense.
+
+    Attributes:
+        name, strength: of the defense.
+        known: it, as an attacker who is told of it knows it.
+        captured: the updates, and the private images.
+        changes: relative ℓ2 distance that each update was moved.
+    """
+
+    name: str
+    strength: float
+    known: Defense
+    captured: Captured
+    changes: Sequence[float]
+
+
 @dataclass
 class FirstDefenses(Study):
     """Attacks on single defended images, a fresh network each, and the test accuracy of defended federations.
 
-    The model is the configuration's, and the federations are those of its `federation`, for `rounds` rounds.
+    The model is the configuration's, and the federations are those of its `federation`, for `rounds` rounds. An attack
+    that is granted ``threat.defense`` is told of every update's own, one with ``threat.auxiliary_data`` holds the test
+    images of `leak_data`.
 
     Args:
         attacks: name -> overrides, such as ``[attack=dlg, attack.restarts=1]``; each attacks all updates in one call.
@@ -67,7 +103,10 @@ class FirstDefenses(Study):
         leak_data: choice of ``data`` whose images are attacked.
         utility_data: choice of ``data`` that the federations learn.
         roots: data set -> the folder of its files.
-        rounds: of each federation.
+        rounds: of each federation; None for none.
+        formats: choices of ``defense`` that are taken as they stand, such as ``int8``.
+        image_size: height and width of the images that are attacked, None as `leak_data` has them.
+        limits: for so many victims the least error anyone could reach, the prior being that of the test images.
         seeds: federations for each strength, from the configuration's seed on.
     """
 
@@ -79,21 +118,29 @@ class FirstDefenses(Study):
     leak_data: str
     utility_data: str
     roots: Mapping[str, str | None]
-    rounds: int
+    rounds: int | None
     seeds: int
+    formats: Sequence[str] = ()
+    image_size: int | None = None
+    limits: int = 0
 
     def __post_init__(self) -> None:
         for name in OVERRIDES:
             require(name, getattr(self, name), _strengths)
-        for name in ("victims", "rounds", "seeds"):
+        for name in ("victims", "seeds"):
             require(name, getattr(self, name), whole(1))
+        for name in ("rounds", "image_size"):
+            if getattr(self, name) is not None:
+                require(name, getattr(self, name), whole(1))
+        require("limits", self.limits, whole(0))
         for ratio in self.pruning:
             if ratio >= 1:
                 raise UsageError(f"study.pruning={ratio}: must be below 1, the fraction to zero")
 
     def check(self, job: Job) -> None:
         """The data are there, the attacks can be made of their overrides, and the federations can run."""
-        load_named([self.leak_data], self.roots, job.overrides)
+        self._leaked(job)
+        self._defenses(job)
         for name in self.attacks:
             self._attack(job, name)
         for _ in check_cells(job, self._cells(job)):
@@ -101,35 +148,27 @@ class FirstDefenses(Study):
 
     def run(self, job: Job) -> pd.DataFrame:
         """Write ``results.csv``, ``utility.csv``, ``summary.csv`` and the pictures."""
-        data = load_named([self.leak_data], self.roots, job.overrides)[self.leak_data]
+        data = self._leaked(job)
         clean = draw_victims(data, job.setup.model, range(self.victims), 1, ThreatModel(), job.seed)
-        defended, changes = self._defended(clean, job.seed)
-        labelled = self._defenses()
+        columns = self._defended(clean, job)
+        auxiliary = to_float(data.test_images), data.test_labels
+        limits = self._limits(clean, columns, replace(clean.knowledge, auxiliary=auxiliary))
         results = job.results()
         results.add(_guesses(clean, data.classes, job.seed))
         for name in self.attacks:
-            attack = self._attack(job, name)
-            with job.console.attack(name, len(defended.observations)) as on_progress:
-                found = attack(
-                    defended.observations,
-                    defended.knowledge,
-                    device=job.device,
-                    seed=job.seed,
-                    store=ReconstructionStore(job.folder / "reconstructions" / name),
-                    on_progress=on_progress,
-                )
-            pairs = [match(one, truth)[0] for one, truth in zip(found, defended.truths, strict=True)]
-            for one, pair, change in zip(found, pairs, changes, strict=True):
-                defense, strength, _ = labelled[one.client]
-                results.add(
-                    [
-                        {"attack": name, "defense": defense, "strength": strength, "victim": one.round - 1}
-                        | {"label_right": pair.label_true == pair.label_inferred, "change": change}
-                        | {key: getattr(pair, key) for key in ("mse", "psnr", "ssim", "recovered")}
-                        | {"objective": one.objective, "evaluations": one.evaluations, "stop_reason": one.stop_reason}
-                    ]
-                )
-            _grid(pairs, [(d, s) for d, s, _ in labelled], name, job.folder / f"{name}.png")
+            attack, threat = self._attack(job, name)
+            granted = auxiliary if threat.auxiliary_data else None
+            known = replace(clean.knowledge, threat=threat, auxiliary=granted)
+            pairs: list[Match] = []
+            with job.console.steps(name, len(columns)) as advance:
+                for column in columns:
+                    told = replace(known, defense=column.known if threat.defense else None)
+                    found = attack(column.captured.observations, told, device=job.device, seed=job.seed)
+                    rows, matched = _judged(name, column, found, limits)
+                    results.add(rows)
+                    pairs += matched
+                    advance(1, column.name)
+            _grid(pairs, [(c.name, c.strength) for c in columns], name, job.folder / f"{name}.png")
 
         utility = job.results("utility.csv")
         places = self._places(job)
@@ -137,43 +176,70 @@ class FirstDefenses(Study):
             place = dict(zip(("defense", "strength", "seed"), places[name], strict=True))
             utility.add([place | {"test_accuracy": outcome.summary["final_test_accuracy"]}])
         summary = _summarise(results.frame, utility.frame)
+        verdicts = [_published(*row) for row in summary[KEYS[1:]].to_numpy()]
+        summary["published"] = pd.Series(verdicts, dtype=object)
         write_csv(summary, job.folder / "summary.csv")
-        _draw(summary, self.leak_data, self.utility_data, job.folder / "first_defenses.png")
-        return summary[[*KEYS, "change", "label_accuracy", "recovered", "mse", "psnr", "ssim", "test_accuracy"]]
+        _draw(summary, self.leak_data, self.utility_data, self.formats, job.folder / "first_defenses.png")
+        shown = [*KEYS, "published", "change", "label_accuracy", "recovered", "mse", "limit_mse", "psnr", "ssim"]
+        return summary[[*shown, "test_accuracy"]]
 
-    def _defenses(self) -> list[tuple[str, float, Defense]]:
+    def _leaked(self, job: Job) -> ImageData:
+        """The images that are attacked."""
+        return load_named([self.leak_data], self.roots, job.overrides, size=self.image_size)[self.leak_data]
+
+    def _defenses(self, job: Job) -> list[tuple[str, float, Defense]]:
         """(name, strength, defense) of every column of the study, the clean update and the control among them."""
         made: list[tuple[str, float, Defense]] = [(CLEAN, 0.0, NoDefense())]
         made += [("gaussian", std, Gaussian(std)) for std in self.gaussian]
         # A Laplacian's standard deviation is √2 times its scale: equal numbers mean equal noise.
         made += [("laplacian", std, Laplacian(std / 2**0.5)) for std in self.laplacian]
         made += [("pruning", ratio, Pruning(ratio)) for ratio in self.pruning]
+        parts = named("defense", list(self.formats), job.overrides, "study.formats")
+        made += [(name, 1.0, part.build(Defense)) for name, part in parts.items()]
         return [*made, (CONTROL, 1.0, PureNoise())]
 
-    def _defended(self, clean: Captured, seed: int) -> tuple[Captured, list[float]]:
+    def _defended(self, clean: Captured, job: Job) -> list[Column]:
         """Every victim's update under every defense, numbered as clients, and the relative ℓ2 distance it was moved."""
-        observations: list[Observation] = []
-        truths, changes = [], []
-        for observation, truth in zip(clean.observations, clean.truths, strict=True):
-            size = _norm(observation.update)
-            for column, (name, strength, defense) in enumerate(self._defenses()):
-                random = generator(seed, "defense", name, str(strength), observation.round)
+        columns = []
+        for number, (name, strength, defense) in enumerate(self._defenses(job)):
+            observations: list[Observation] = []
+            changes = []
+            for observation in clean.observations:
+                random = generator(job.seed, "defense", name, str(strength), observation.round)
                 update = defense.apply(dict(observation.update), generator=random)
-                observations.append(replace(observation, client=column, update=update))
-                truths.append(replace(truth, client=column))
-                changes.append(_norm({n: update[n] - value for n, value in observation.update.items()}) / size)
-        return replace(clean, observations=observations, truths=truths), changes
+                observations.append(replace(observation, client=number, update=update))
+                moved = {n: update[n] - value for n, value in observation.update.items()}
+                changes.append(_norm(moved) / _norm(observation.update))
+            truths = [replace(truth, client=number) for truth in clean.truths]
+            known = NoDefense() if name == CONTROL else defense
+            captured = replace(clean, observations=observations, truths=truths)
+            columns.append(Column(name, strength, known, captured, changes))
+        return columns
 
-    def _attack(self, job: Job, name: str) -> Attack:
+    def _limits(
+        self, clean: Captured, columns: Sequence[Column], knowledge: Knowledge
+    ) -> dict[tuple[str, float, int], float]:
+        """(defense, strength, round) -> the least mean squared error, of the first `limits` victims."""
+        prior, found = image_prior(knowledge), {}
+        for observation, truth in list(zip(clean.observations, clean.truths, strict=True))[: self.limits]:
+            for column in columns:
+                if column.name != CONTROL:
+                    sent = next(o for o in column.captured.observations if o.round == observation.round)
+                    most = limit_of(sent, truth, knowledge, sent.training, column.known, prior)
+                    found[column.name, column.strength, truth.round] = float(most.mse[0])
+        return found
+
+    def _attack(self, job: Job, name: str) -> tuple[Attack, ThreatModel]:
         overrides = ["federation=fedsgd", *self.attacks[name], "federation.batch_size=1"]
-        return cell_attack(job, f"study.attacks.{name}", overrides)[0]
+        attack, setup = cell_attack(job, f"study.attacks.{name}", overrides)
+        return attack, setup.threat
 
     def _places(self, job: Job) -> dict[str, tuple[str, float, int]]:
         """Cell's name -> defense, strength, seed."""
         return {
             f"{name} {strength} seed-{seed}": (name, strength, seed)
-            for name, strength, _ in self._defenses()
-            if name != CONTROL
+            for name, strength, _ in self._defenses(job)
+            if name != CONTROL and self.rounds is not None
             for seed in range(job.seed, job.seed + self.seeds)
         }
 
@@ -187,9 +253,35 @@ class FirstDefenses(Study):
         }
 
 
+def _judged(
+    attack: str, column: Column, found: Sequence[Reconstruction], limits: Mapping[tuple[str, float, int], float]
+) -> tuple[list[dict[str, Any]], list[Match]]:
+    """A row a victim of ``results.csv``, and the images."""
+    rows, pairs = [], []
+    for one, truth, change in zip(found, column.captured.truths, column.changes, strict=True):
+        pair = match(one, truth)[0]
+        pairs.append(pair)
+        rows.append(
+            {"attack": attack, "defense": column.name, "strength": column.strength, "victim": one.round - 1}
+            | {"label_right": pair.label_true == pair.label_inferred, "change": change}
+            | {key: getattr(pair, key) for key in ("mse", "psnr", "ssim", "recovered")}
+            | {"objective": one.objective, "evaluations": one.evaluations, "stop_reason": one.stop_reason}
+            | {"limit_mse": limits.get((column.name, column.strength, truth.round))}
+        )
+    return rows, pairs
+
+
+def _published(defense: str, strength: float) -> str | None:
+    """DLG's own verdict: whether a defense stops the leak at this strength; None of one that it did not try."""
+    answers = PUBLISHED.get(defense, ())
+    return next((answer for most, answer in answers if strength <= most), None)
+
+
 def _override(name: str, strength: float) -> list[str]:
     if name == CLEAN:
         return ["defense=none"]
+    if name not in OVERRIDES:
+        return [f"defense={name}"]
     return [f"defense={name}", f"defense.{OVERRIDES[name]}={strength / 2**0.5 if name == 'laplacian' else strength}"]
 
 
@@ -223,9 +315,12 @@ def _summarise(results: pd.DataFrame, utility: pd.DataFrame) -> pd.DataFrame:
         low, high = wilson(share, len(group))
         labels = {"label_accuracy": round(share, 4), "label_low": round(low, 4), "label_high": round(high, 4)}
         change, evaluations = group["change"].median(), group["evaluations"].median()
-        return labels | {"change": float(f"{change:.4g}"), "evaluations": evaluations}
+        possible = pd.to_numeric(group["limit_mse"], errors="coerce").median()
+        return labels | {"change": float(f"{change:.4g}"), "evaluations": evaluations, "limit_mse": possible}
 
     table = by_group(results, KEYS, leak).merge(image_summary(results, KEYS), on=KEYS)
+    if not len(utility):
+        return table.assign(**dict.fromkeys(("test_accuracy", "accuracy_low", "accuracy_high"), np.nan))
     return table.merge(by_group(utility, KEYS[1:], cost).round(4), on=KEYS[1:], how="left")
 
 
@@ -259,15 +354,16 @@ def _grid(pairs: Sequence[Match], columns: Sequence[tuple[str, float]], attack: 
     figure.savefig(path, dpi=80)  # noise does not compress: 110 would make 1.3 MB
 
 
-def _draw(summary: pd.DataFrame, leak_data: str, utility_data: str, path: Path) -> None:
+def _draw(summary: pd.DataFrame, leak_data: str, utility_data: str, formats: Sequence[str], path: Path) -> None:
     """A column a defense: what leaks and what is learnt against its strength; below, how close the images came."""
+    shown = [*OVERRIDES, *([FORMATS] if formats else [])]
     figure = Figure(figsize=(14, 7.6), layout="constrained")
-    panels = figure.subplots(2, 3, sharey="row")
+    panels = figure.subplots(2, len(shown), sharey="row")
     attacks = [name for name in dict.fromkeys(summary["attack"]) if name != GUESS]
     colors = dict(zip(attacks, ("#0f766e", "#c2410c", "C4", "C5", "C6"), strict=False))
     guess = summary[summary["attack"] == GUESS].iloc[0]
-    for (above, below), defense in zip(panels.T, OVERRIDES, strict=True):
-        part = summary[summary["defense"].isin([CLEAN, defense])]
+    for (above, below), defense in zip(panels.T, shown, strict=True):
+        part = summary[summary["defense"].isin([CLEAN, *(formats if defense == FORMATS else [defense])])]
         first = part[part["attack"] == attacks[0]]
         places = np.arange(len(first))
         for i, attack in enumerate(attacks):
@@ -282,19 +378,23 @@ def _draw(summary: pd.DataFrame, leak_data: str, utility_data: str, path: Path) 
                 linestyle=":", label=f"{attack}: labels right", **look,
             )  # fmt: skip
             below.errorbar(shifted, mine["psnr"], spread(mine, "psnr", "psnr_low", "psnr_high"), **look)
+        if first["limit_mse"].notna().any():
+            possible = -10 * np.log10(first["limit_mse"].astype(float))
+            below.plot(places, possible.clip(upper=_MOST_DECIBELS), "k--", label="limit", linewidth=1)
         above.errorbar(
             places, first["test_accuracy"], spread(first, "test_accuracy", "accuracy_low", "accuracy_high"),
             color="#1d4ed8", marker="s", markersize=4, linewidth=2, capsize=2, label=f"test accuracy on {utility_data}",
         )  # fmt: skip
         below.axhline(guess["psnr"], color="0.5", linestyle=":", linewidth=1)
-        names = [CLEAN if name == CLEAN else _short(name, strength) for name, strength in first[KEYS[1:]].to_numpy()]
+        names = [_short(name, strength) or name for name, strength in first[KEYS[1:]].to_numpy()]
         for panel in (above, below):
             panel.set_xticks(places, names)
             panel.grid(alpha=0.25)
-        above.set_title(f"{defense}: " + ("fraction set to zero" if defense == "pruning" else "standard deviation"))
+        scale = {"pruning": "pruning: fraction set to zero", FORMATS: "formats"}
+        above.set_title(scale.get(defense, f"{defense}: standard deviation"))
         above.set_ylim(-0.02, 1.02)
         below.set_ylim(bottom=0)
-    panels[1, 0].set_ylabel("median PSNR, dB (dotted: a grey image)")
+    panels[1, 0].set_ylabel("median PSNR, dB (dotted: a grey image; dashed: the limit)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle(f"What defenses stop on {leak_data} images, and what they cost (bars: 95% intervals)")
     figure.savefig(path, dpi=100)

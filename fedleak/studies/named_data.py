@@ -18,7 +18,10 @@ FOLDER_SIZE = 32
 
 
 def load_named(
-    names: Sequence[str], roots: Mapping[str, str | None], overrides: Sequence[str] = ()
+    names: Sequence[str],
+    roots: Mapping[str, str | None],
+    overrides: Sequence[str] = (),
+    size: int | None = None,
 ) -> dict[str, ImageData]:
     """Name -> images.
 
@@ -27,6 +30,7 @@ def load_named(
         roots: name -> the folder that its files are in, None for ./data. A folder that holds a folder of images a
             class will do for any of them; its images are taken at 32×32.
         overrides: as typed, which may say where more choices are.
+        size: height and width that images are scaled to, None for their own.
 
     Raises:
         UsageError: an unknown name, or files that are not there: one error names all that is missing.
@@ -35,7 +39,7 @@ def load_named(
     loaded, missing = {}, []
     for name, part in named("data", names, overrides, "study.datasets").items():
         try:
-            loaded[name] = replace(_load(part, roots.get(name)), name=name)
+            loaded[name] = replace(_load(part, roots.get(name), size), name=name)
         except UsageError as error:
             missing.append(f"{name}: {error}".replace("data.root", f"study.roots.{name}"))
     if missing:
@@ -44,8 +48,8 @@ def load_named(
     return loaded
 
 
-def _load(part: Part, root: str | None) -> ImageData:
-    node = part.node
+def _load(part: Part, root: str | None, size: int | None) -> ImageData:
+    node = part.node if size is None else {**part.node, "image_size": size}
     if root is not None and any(path.suffix.lower() in SUFFIXES for path in Path(root).expanduser().glob("*/*")):
-        node = {"_target_": "fedleak.data.image_folder", "image_size": FOLDER_SIZE}
+        node = {"_target_": "fedleak.data.image_folder", "image_size": size or FOLDER_SIZE}
     return load_data(Part("data", {**node, "root": root}))

@@ -1,10 +1,7 @@
-from dataclasses import replace
-
 import pandas as pd
 import pytest
 import torch
 
-from fedleak.attacks.store import ReconstructionStore
 from fedleak.errors import UsageError
 from fedleak.setup import compose
 from fedleak.studies import FirstDefenses, Job
@@ -53,7 +50,7 @@ def test_what_stops_the_leak_and_what_it_costs(tmp_path):
 
 def test_equal_numbers_mean_equal_noise(tmp_path):
     study = FirstDefenses(**{**SETTINGS, "gaussian": [0.01], "laplacian": [0.01]})
-    defenses = {name: defense for name, _, defense in study._defenses()}
+    defenses = {name: defense for name, _, defense in study._defenses(job(tmp_path))}
     zero = {"weight": torch.zeros(200_000)}
     for name in ("gaussian", "laplacian"):
         noise = defenses[name].apply(zero, generator=torch.Generator().manual_seed(0))["weight"]
@@ -88,26 +85,24 @@ def test_what_cannot_work_is_refused_before_any_work(tmp_path, setting, message)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_study_rebuilds_no_image_twice(tmp_path, monkeypatch):
-    study = FirstDefenses(
-        **{**SETTINGS, "attacks": {"idlg": [*SETTINGS["attacks"]["idlg"][:2], "attack.max_evaluations=5"]}}
-    )
-    study.run(job(tmp_path / "whole"))
-    write, written = ReconstructionStore.write, []
+def test_who_is_told_gets_through_and_the_limit_stands_beside(tmp_path):
+    told = ["attack=map", "attack.restarts=1", "attack.adaptive=true", "threat.defense=true"]
+    changed = {"attacks": {"map": [*told, "threat.auxiliary_data=true"]}, "gaussian": [0.001], "pruning": [0.7]}
+    changed |= {"formats": ["int8"], "image_size": 12, "limits": 1, "victims": 1, "rounds": None}
+    study = FirstDefenses(**{**SETTINGS, **changed})
+    study.check(job(tmp_path))
+    study.run(job(tmp_path))
+    summary = pd.read_csv(tmp_path / "summary.csv", keep_default_na=False, na_values=[""]).set_index("defense")
+    assert summary.test_accuracy.isna().all()
+    published = {"laplacian": "no", "int8": "yes", "pruning": "yes"}
+    assert summary.published[list(published)].to_dict() == published
+    ours = summary.loc[["none", "gaussian", "pruning", "int8"]]
+    assert ours.recovered.eq(1).all()
+    assert ours.limit_mse.between(ours.mse / 30, ours.mse * 30).all()
+    assert summary.loc[["guess", "pure noise"], "limit_mse"].isna().all()
+    assert summary.loc["none", "limit_mse"] < summary.loc["int8", "limit_mse"] < summary.loc["gaussian", "limit_mse"]
 
-    def interrupted(self, one):
-        if len(written) == 4:
-            raise KeyboardInterrupt
-        written.append(one)
-        write(self, one)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ReconstructionStore, "write", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            study.run(job(tmp_path / "run"))
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("round-*.safetensors")}
-    assert len(kept) == 4
-    study.run(replace(job(tmp_path / "run"), resume=True))
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    for name in ("results.csv", "utility.csv", "summary.csv"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+def test_an_unknown_format_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"study.formats=int9: no such choice of defense"):
+        FirstDefenses(**{**SETTINGS, "formats": ["int9"]}).check(job(tmp_path))
