@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -93,6 +95,13 @@ def test_who_is_told_gets_through_and_the_limit_stands_beside(tmp_path):
     study.check(job(tmp_path))
     study.run(job(tmp_path))
     summary = pd.read_csv(tmp_path / "summary.csv", keep_default_na=False, na_values=[""]).set_index("defense")
+    first = (tmp_path / "results.csv").read_text()
+    (tmp_path / "images" / "map-int8-1.npy").unlink()  # as if killed before
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    study.run(replace(job(tmp_path), resume=True))
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "images").iterdir()}
+    assert [path.name for path in after if after[path] != before.get(path)] == ["map-int8-1.npy"]
+    assert (tmp_path / "results.csv").read_text() == first
     assert summary.test_accuracy.isna().all()
     published = {"laplacian": "no", "int8": "yes", "pruning": "yes"}
     assert summary.published[list(published)].to_dict() == published

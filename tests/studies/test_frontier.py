@@ -2,13 +2,17 @@
 
 import pandas as pd
 import pytest
+import torch
 
+from fedleak.attacks import Reconstruction
 from fedleak.cli import main
-from fedleak.studies.frontier.cells import COLUMNS
+from fedleak.evaluation.matching import match
+from fedleak.studies.frontier.cells import COLUMNS, _perceived
 from fedleak.studies.frontier.page import sentence
 from fedleak.studies.frontier.pictures import draw_privacy
 from fedleak.studies.frontier.ranking import draw_ranking, rank
 from fedleak.studies.frontier.summary import summarise
+from fedleak.truth import Truth
 
 SMALL = [
     "data.image_size=16", "federation.clients=2", "federation.rounds=2",
@@ -106,6 +110,7 @@ def test_what_is_done_is_not_done_again(frontier, capsys):
         ("frontier.federations={big: 3}", "frontier.federations.big=3: must be a list of overrides"),
         ("frontier.federations={big: ['federation.batch_size=0']}", "federation.batch_size=0"),
         ("frontier.cost=2", "frontier.cost=2: must be a number between 0 and 1, such as 0.02"),
+        ("frontier.lpips=/no/such", "frontier.lpips=/no/such: holds no alexnet"),
         ("frontier.delta=1", "frontier.delta=1: must be a number between 0 and 1"),
         ("frontier.attackers={none: ['attack=none']}", "frontier.attackers.none: attacks nothing"),
         ("defense=gaussian", "defense=gaussian: a frontier has many"),
@@ -132,6 +137,15 @@ def test_the_summary_says_what_is_lost_and_which_defense_leaks_least():
     assert summary.loc[("mild", "one"), "mse"] == pytest.approx(1e-3)
     text = sentence(summary.reset_index(), 0.02)
     assert "mild 1 leaks least: the best attack (one)" in text
+
+
+def test_lpips_is_of_what_was_rebuilt():
+    truth = Truth(1, 0, torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))
+    found = Reconstruction(1, 0, torch.full((2, 1, 4, 4), 0.5), torch.tensor([0, 1]), 0.0, 1, 0.0, "budget")
+    eyes = lambda true, rebuilt: (true - rebuilt).abs().flatten(1).amax(1)  # noqa: E731
+    assert _perceived(match(found, truth), eyes) == 0.5
+    assert _perceived(match(found, truth), None) is None
+    assert _perceived([], eyes) is None
 
 
 def test_two_values_have_no_interval_and_three_a_possible_one():

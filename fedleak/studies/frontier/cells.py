@@ -19,6 +19,7 @@ from fedleak.attacks.inversion.map.attack import image_prior
 from fedleak.console import Console
 from fedleak.defenses import Defense
 from fedleak.evaluation.limits import limit_of, limits_of
+from fedleak.evaluation.lpips import LPIPS, load_lpips
 from fedleak.evaluation.matching import Match, match
 from fedleak.evaluation.metrics import label_accuracy
 from fedleak.federation.scenario import build_scenario
@@ -46,6 +47,7 @@ COLUMNS = (
     "recognised",
     "limit_mse",
     "limit_bits",
+    "lpips",
 )
 """Columns of ``frontier.csv``, a row an attacked moment: means over its images."""
 
@@ -71,6 +73,7 @@ class Cell:
         victims: updates of each moment.
         delta: of (ε, δ).
         folder: of the federation's run.
+        lpips: folder of LPIPS's weights, None for no such column.
     """
 
     defense: str
@@ -82,6 +85,7 @@ class Cell:
     victims: int
     delta: float
     folder: Path
+    lpips: str | None = None
 
     @property
     def name(self) -> str:
@@ -134,6 +138,7 @@ def _attacked(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Rows of every attacker and moment, and ``defense:attacker`` -> pairs of images."""
     rows, shown = [], {}
+    eyes = None if cell.lpips is None else load_lpips(cell.lpips, "frontier.lpips")
     limits = {} if defense is None else _limits(cell, captured, defense)
     strength = cell.strength if defense is not None else 1.0
     for attacker in cell.attackers:
@@ -152,7 +157,12 @@ def _attacked(
             possible = [limits[i] for i in here if i in limits]
             who = {"defense": name, "strength": strength, "attacker": attacker, "seed": cell.seed, "round": moment}
             rows.append(
-                who | dict(cost) | {"label_accuracy": _mean(labels)} | _leak(matches, recogniser) | _possible(possible)
+                who
+                | dict(cost)
+                | {"label_accuracy": _mean(labels)}
+                | _leak(matches, recogniser)
+                | _possible(possible)
+                | {"lpips": _perceived(matches, eyes)}
             )
             pairs += matches
         kept = [p for p in pairs if p.true is not None and p.rebuilt is not None][:: max(1, len(pairs) // SHOWN)][
@@ -196,6 +206,15 @@ def _leak(matches: Sequence[Match], recogniser: Recogniser) -> dict[str, Any]:
         "recovered": _mean([float(bool(m.recovered)) for m in matches]),
         "recognised": named / len(matches) if matches else None,
     }
+
+
+def _perceived(matches: Sequence[Match], eyes: LPIPS | None) -> float | None:
+    """Mean LPIPS of what was rebuilt, nothing without its weights."""
+    pairs = [(m.true, m.rebuilt) for m in matches if m.true is not None and m.rebuilt is not None]
+    if eyes is None or not pairs:
+        return None
+    true, rebuilt = (torch.stack([each.float() for each in side]) for side in zip(*pairs, strict=True))
+    return _mean(eyes(true, rebuilt.clamp(0, 1)).tolist())
 
 
 def _possible(limits: Sequence[Limit]) -> dict[str, Any]:

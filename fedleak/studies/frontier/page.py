@@ -87,6 +87,7 @@ def _table(summary: pd.DataFrame) -> str:
         "limit_bits",
         "reconstruction_bound",
     ]
+    shown += ["lpips"] if "lpips" in summary and summary["lpips"].notna().any() else []
     head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in shown)
     lines = [
         "<tr>" + "".join(f"<td>{html.escape(_cell(name, row[name]))}</td>" for name in shown) + "</tr>"

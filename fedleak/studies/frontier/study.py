@@ -17,6 +17,7 @@ from fedleak import __version__
 from fedleak.config import Rule, is_number, whole
 from fedleak.defenses import Defense
 from fedleak.errors import UsageError
+from fedleak.evaluation.lpips import load_lpips
 from fedleak.outcome import write_csv, write_json
 from fedleak.prepare import prepare
 from fedleak.setup import named
@@ -47,6 +48,7 @@ class Frontier(Study):
         victims: updates of each moment.
         delta: the δ of (ε, δ).
         cost: test accuracy that a defense of the ranking may cost, as a share, in the mean over seeds.
+        lpips: folder of LPIPS's weights (see `load_lpips`), None to leave its column empty.
         processes: cells at a time, or ``auto`` for one a core.
     """
 
@@ -58,6 +60,7 @@ class Frontier(Study):
     victims: int = 1
     delta: float = 1e-5
     cost: float = 0.02
+    lpips: str | None = None
     processes: int | str = "auto"
 
     def __post_init__(self) -> None:
@@ -87,6 +90,8 @@ class Frontier(Study):
     def check(self, job: Job) -> None:
         """A cell of every defense and strength is composed and prepared, with every attacker, before any runs."""
         self._fingerprint(job)
+        if self.lpips is not None:
+            load_lpips(self.lpips, "frontier.lpips")
         for cell in (cell for cell in self._cells(job) if cell.seed == job.seed):
             setup = cell.setup()
             prepare(setup)
@@ -186,6 +191,7 @@ class Frontier(Study):
                 victims=self.victims,
                 delta=self.delta,
                 folder=job.folder / "cells" / f"{text}-seed-{seed}",
+                lpips=self.lpips,
             )
             for seed in range(job.seed, job.seed + self.seeds)
         ]

@@ -47,8 +47,9 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
             low, high = geometric(errors)
             found[name] = _short(np.exp(np.log(errors).mean())) if len(errors) else None
             found |= {f"{name}_low": _short(low), f"{name}_high": _short(high)}
-        for name in ("psnr", "ssim", "limit_bits"):
-            found[name] = _short(pd.to_numeric(group[name], errors="coerce").mean())
+        for name in ("psnr", "ssim", "limit_bits", "lpips"):
+            known = group[name] if name in group else pd.Series(dtype=float)  # a cell of before has no lpips
+            found[name] = _short(pd.to_numeric(known, errors="coerce").mean())
         return found
 
     return by_group(frame, KEYS, row)

@@ -69,7 +69,6 @@ class MAP(Inversion):
     """
 
     simulates = True
-    needs_labels = True
 
     def __init__(
         self,
