@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedleak import files, shards, tensorfile
-from fedleak.capture_index import digest, read_row
+from fedleak.capture_index import digest, read_row, write_row
 from fedleak.errors import UsageError
 from fedleak.observation import Observation as Observation
 from fedleak.observation import same_tensors
@@ -84,7 +84,7 @@ class CaptureStore:
         self._sent: list[_Sent] = []
         self._lines: list[str] = []
         self._count = 0
-        self._writer = Background()
+        self.writer = Background()
 
     @classmethod
     def create(cls, folder: Path, info: CaptureInfo, *, dtype: torch.dtype | None = None) -> CaptureStore:
@@ -156,14 +156,49 @@ class CaptureStore:
         Raises:
             FedleakError: an earlier one could not be written.
         """
-        o, threat = observation, self.info.threat
-        sent, training = self._start(o), o.training.seen_by(threat)
+        sent = self._start(observation)
+        size = sum(value.nbytes for value in observation.update.values())
+        self.writer.put(lambda: self._add(observation, sent), size)
+
+    def _kept(self, o: Observation) -> Mapping[str, Tensor]:
+        """An update as it is stored: of new weights in fewer bits their change, which would else be lost."""
+        if self.dtype is None or o.error is not None:
+            return o.update
+        if o.training.payload == "weights":
+            return {name: (value - o.parameters[name]).to(self.dtype) for name, value in o.update.items()}
+        return {name: value.to(self.dtype) for name, value in o.update.items()}
+
+    def _add(self, o: Observation, sent: _Sent) -> None:
+        """In the background: an observation's blob, and its index line among those to be written."""
+        data, path = tensorfile.pack_unsealed(self._granted(o)), self._shard(o.round)
+        begin = shards.append(path, data)
+        row = self._said(o) | {
+            "start_file": path.name,
+            "start_offset": sent.blob.begin,
+            "start_size": sent.blob.size,
+            "start_sha256": sent.blob.sha256,
+            "update_file": path.name,
+            "update_offset": begin,
+            "update_size": len(data),
+            "update_sha256": hashlib.sha256(data).hexdigest(),
+            "row": self._count,
+        }
+        self._count += 1
+        self._lines.append(write_row(row))
+
+    def _granted(self, o: Observation) -> dict[str, Tensor]:
+        """The tensors of an observation that the threat model lets be written."""
         tensors = {f"update/{k}": v for k, v in self._kept(o).items()} if o.error is None else {}
-        if threat.buffers:
+        if self.info.threat.buffers:
             tensors |= {f"buffers/{k}": v for k, v in o.buffers.items()}
-        if threat.labels and o.labels is not None:
+        if self.info.threat.labels and o.labels is not None:
             tensors["labels"] = o.labels
-        row = {
+        return tensors
+
+    def _said(self, o: Observation) -> dict[str, Any]:
+        """What the index says of an observation, beside where it is."""
+        training = o.training.seen_by(self.info.threat)
+        return {
             "round": o.round,
             "client": o.client,
             "clients": list(o.clients),
@@ -178,34 +213,6 @@ class CaptureStore:
             "error": o.error,
             "change": self.dtype is not None and training.payload == "weights",
         }
-        data = tensorfile.pack_unsealed(tensors)
-        self._writer.put(lambda: self._add(row, sent, data), len(data))
-
-    def _kept(self, o: Observation) -> Mapping[str, Tensor]:
-        """An update as it is stored: of new weights in fewer bits their change, which would else be lost."""
-        if self.dtype is None or o.error is not None:
-            return o.update
-        if o.training.payload == "weights":
-            return {name: (value - o.parameters[name]).to(self.dtype) for name, value in o.update.items()}
-        return {name: value.to(self.dtype) for name, value in o.update.items()}
-
-    def _add(self, row: dict[str, Any], sent: _Sent, data: bytes) -> None:
-        """In the background: an observation's blob, and its index line among those to be written."""
-        path = self._shard(row["round"])
-        begin = shards.append(path, data)
-        row |= {
-            "start_file": path.name,
-            "start_offset": sent.blob.begin,
-            "start_size": sent.blob.size,
-            "start_sha256": sent.blob.sha256,
-            "update_file": path.name,
-            "update_offset": begin,
-            "update_size": len(data),
-            "update_sha256": hashlib.sha256(data).hexdigest(),
-            "row": self._count,
-        }
-        self._count += 1
-        self._lines.append(json.dumps({**row, "check": digest(row)}))
 
     def _shard(self, round: int) -> Path:
         return self.folder / f"round-{round:05d}.shard"
@@ -225,13 +232,13 @@ class CaptureStore:
             sent.blob.begin = shards.append(self._shard(o.round), data)
             sent.blob.sha256 = hashlib.sha256(data).hexdigest()
 
-        self._writer.put(write, len(data))
+        self.writer.put(write, len(data))
         self._sent.append(sent)
         return sent
 
     def end_round(self) -> None:
         """Have the index lines of all that was `put` written after it, without waiting for that."""
-        self._writer.put(self._write_lines)
+        self.writer.put(self._write_lines)
 
     def _write_lines(self) -> None:
         lines, self._lines = self._lines, []
@@ -246,12 +253,12 @@ class CaptureStore:
             size: bytes that it holds.
         """
         self.end_round()
-        self._writer.put(lambda: job(self._count), size)
+        self.writer.put(lambda: job(self._count), size)
 
     def flush(self) -> None:
         """Wait until all that was `put` is on disk; raises `FedleakError` if it cannot be."""
         self.end_round()
-        self._writer.flush()
+        self.writer.flush()
 
     def close(self) -> None:
         """Flush, and say in `info.json` that nothing is missing."""

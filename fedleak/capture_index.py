@@ -49,6 +49,16 @@ def _whole_from(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def write_row(row: Mapping[str, Any]) -> str:
+    """A line that `read_row` reads, its digest last."""
+    text = json.dumps(row, sort_keys=True)
+    return f'{text[:-1]}, "check": "{_short(text)}"}}'
+
+
 def digest(values: Mapping[str, Any]) -> str:
     """A short SHA-256 of plain JSON, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+    return _short(json.dumps(values, sort_keys=True))
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

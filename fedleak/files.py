@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,11 @@ def read_bytes(path: Path, offset: int = 0, size: int | None = None) -> bytes:
             return file.read(-1 if size is None else size)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); restore the file") from error
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file; raises `UsageError` where it cannot be read."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:

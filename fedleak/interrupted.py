@@ -66,10 +66,8 @@ def where_it_stopped(setup: Setup, folder: Path) -> Left:
             f"resume={folder}: its {FILE} is of another configuration, or of another version of fedleak; repeat the run"
         )
     whole = setup.capture == NOTHING or CaptureStore.open(folder / "captures").complete
-    if whole and since.round == setup.federation.rounds:
-        return Left(since, federated=True)
     since.rewind(folder)
-    return Left(since)
+    return Left(since, federated=whole and since.round == setup.federation.rounds)
 
 
 def _clear(folder: Path) -> None:

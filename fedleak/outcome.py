@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -56,7 +58,7 @@ def write_outcome(
             summary and in the report.
     """
     attacks, leakage, kept = judgement.attacks, judgement.leakage, judgement.reconstructions
-    rounds = read_rounds(run_dir / "rounds.csv")
+    rounds, sealed = rounds_of(run_dir)
     write_csv(attacks, folder / "attacks.csv")
     write_csv(leakage, folder / "leakage.csv")
     if kept is not None:
@@ -73,6 +75,7 @@ def write_outcome(
         **summarise(attacks, leakage, rounds),
         **({"attackers": attackers} if attackers else {}),
         **said,
+        "rounds_sha256": sealed,
         "run_dir": os.path.relpath(run_dir, folder),
         "reconstructions": None if kept is None else os.path.relpath(kept, folder),
     }
@@ -97,19 +100,37 @@ def _tell(
     return report
 
 
-def read_rounds(path: Path) -> pd.DataFrame:
-    """A run's ``rounds.csv``, empty where there is none; raises `UsageError` where it holds something else."""
-    if not path.exists():
-        return pd.DataFrame()
+def _sealed(run_dir: Path) -> str | None:
+    """The SHA-256 of ``rounds.csv`` that a finished run's summary tells, None where it tells none."""
     try:
-        table = pd.read_csv(path)
+        told = json.loads((run_dir / "summary.json").read_text())["rounds_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return told if isinstance(told, str) else None
+
+
+def rounds_of(run_dir: Path) -> tuple[pd.DataFrame, str | None]:
+    """A run's ``rounds.csv`` and its SHA-256, empty and None where there is none.
+
+    Raises:
+        UsageError: it holds something else, or is not as it was when the run ended.
+    """
+    path, sealed = run_dir / "rounds.csv", _sealed(run_dir)
+    if not path.exists() and sealed is None:
+        return pd.DataFrame(), None
+    data = files.read_bytes(path)
+    found = hashlib.sha256(data).hexdigest()
+    if sealed not in (None, found):
+        raise UsageError(f"{path}: altered since the run ended; restore it, or repeat the run")
+    try:
+        table = pd.read_csv(io.BytesIO(data))
         if "round" not in table or not all(pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes):
             raise ValueError("not a table of rounds")
         if not pd.api.types.is_integer_dtype(table["round"]) or table["round"].duplicated().any():
             raise ValueError("rounds that are none")
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+    except ValueError as error:  # pandas' own errors are ValueErrors
         raise UsageError(f"{path}: damaged ({error}); restore it, or remove it") from error
-    return table
+    return table, found
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:

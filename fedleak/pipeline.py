@@ -23,15 +23,17 @@ from fedleak.executor import attack_on_ray
 from fedleak.facts import describe, facts
 from fedleak.federation.checkpoint import FILE, Checkpoint
 from fedleak.federation.client import make_client_app
+from fedleak.federation.engine import LocalEngine
 from fedleak.federation.scenario import Scenario, build_scenario, shared_model
 from fedleak.federation.server import RoundRow, make_server_app, read_rows
 from fedleak.files import alone
 from fedleak.footprint import footprint
 from fedleak.interrupted import NEW, identity, where_it_stopped
-from fedleak.outcome import Outcome, write_outcome
+from fedleak.outcome import Outcome, rounds_of, write_outcome
 from fedleak.prepare import prepare
 from fedleak.rounds import NOTHING, choose_victims
 from fedleak.setup import Setup
+from fedleak.shards import Background
 from fedleak.tracking import Tracker, finite, tracked
 from fedleak.truth import TruthStore
 
@@ -61,10 +63,13 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder):
         left = where_it_stopped(setup, folder) if resume else NEW
+        if left.federated:
+            rounds_of(folder)  # altered ones are better noticed now
         console.headline(describe(setup) if not left.federated else f"{folder}: the federation is finished")
         with tracked(setup, folder) as tracker:
             # 2. The federation: clients train, the eavesdropper keeps every update.
             if not left.federated:
+                (folder / "summary.json").unlink(missing_ok=True)  # it would be of another federation
                 _say_beforehand(scenario, console)
                 _federate(setup, scenario, engine or usual, folder, left.since, (console, tracker))
 
@@ -104,8 +109,10 @@ def _federate(
 
         for row in [] if since is None else read_rows(folder / "rounds.csv"):
             on_row(row)
-        server_app = make_server_app(scenario, folder, on_row=on_row, since=since, of=identity(setup))
-        client_app = make_client_app(setup, folder.absolute() / "truth")
+        # Clients in this process leave writing to the thread that the captures have; others must not lose what waits.
+        writer = Background() if isinstance(engine, LocalEngine) else None
+        server_app = make_server_app(scenario, folder, on_row=on_row, since=since, of=identity(setup), writer=writer)
+        client_app = make_client_app(setup, TruthStore(folder.absolute() / "truth", writer))
         engine.run(server_app, client_app, scenario.federation.clients)
     if missing:
         console.headline(f"{missing} answers of clients were not averaged, for the reasons said above")
@@ -137,6 +144,7 @@ def attack_again(setup: Setup, run_dir: Path, folder: Path, console: Console, co
     if attack is None:
         raise UsageError("attack=none: there is nothing to do; choose an attack, see fedleak list")
     setup.check_attack(attack)
+    rounds_of(run_dir)  # as above
     with tracked(setup, folder) as tracker:
         attacked = attack_captures(setup, run_dir, attack, console)
         folder.mkdir(parents=True, exist_ok=True)

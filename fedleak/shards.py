@@ -78,16 +78,29 @@ class Background:
     def put(self, job: Callable[[], object], size: int = 0) -> None:
         """Have a job done that holds `size` bytes; waits while too many wait already."""
         with self._change:
-            self._change.wait_for(
-                lambda: self._error is not None or self._bytes == 0 or self._bytes + size <= self.most
-            )
+            self._wait_for_room(size)
             self._raise()
-            self._jobs.append((size, job))
-            self._bytes += size
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="fedleak-writer")
-                self._thread.start()
+            self._append(job, size)
             self._change.notify_all()
+
+    def put_aside(self, job: Callable[[], object], size: int = 0) -> None:
+        """As `put`, for whom nobody waits: done within `IDLE` seconds, and errors are left for whoever brings more."""
+        with self._change:
+            self._wait_for_room(size)
+            if self._error is None:
+                self._append(job, size)
+
+    def _wait_for_room(self, size: int) -> None:
+        if self._bytes and self._bytes + size > self.most:
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._error is not None or not self._bytes or self._bytes + size <= self.most)
+
+    def _append(self, job: Callable[[], object], size: int) -> None:
+        self._jobs.append((size, job))
+        self._bytes += size
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="fedleak-writer")
+            self._thread.start()
 
     def flush(self) -> None:
         """Wait until everything is done; raises what a job raised."""

@@ -59,10 +59,18 @@ def _pack(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> tuple[byte
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             raise ValueError(f"{name} is of {tensor.dtype}, which cannot be stored")
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        parts.append(flat.view(torch.uint8).numpy().data if len(flat) else b"")
-        layout.append((name, NAMES[tensor.dtype], tuple(tensor.shape), flat.nbytes))
+        parts.append(_raw(tensor))
+        layout.append((name, NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes))
     return _head(tuple(layout), metadata), parts
+
+
+def _raw(tensor: Tensor) -> Any:
+    """A tensor's own memory, where that is what is to be written; every update passes here."""
+    if not tensor.numel():
+        return b""
+    if tensor.device.type != "cpu" or tensor.requires_grad or not tensor.is_contiguous():
+        tensor = tensor.detach().cpu().contiguous()
+    return (tensor.reshape(-1).view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _head(layout: tuple[tuple[str, str, tuple[int, ...], int], ...], metadata: dict[str, str]) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedleak import files, shards, tensorfile
 from fedleak.errors import UsageError
+from fedleak.shards import Background
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ class TruthStore:
     Never opened by an attack, never sent to the server. Folders from before, with a file an update, are read too.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, writer: Background | None = None) -> None:
+        """Args: folder; writer: writes in the background, and is flushed by whoever made it."""
         self.folder = Path(folder)
+        self.writer = writer
         self._found: dict[int, tuple[int, dict[int, list[tuple[int, int]]]]] = {}
 
     def _shard(self, round: int) -> Path:
@@ -46,6 +49,12 @@ class TruthStore:
 
     def write(self, truth: Truth) -> None:
         """Keep what one client trained on in one round."""
+        if self.writer is None:
+            self._append(truth)
+        else:
+            self.writer.put_aside(lambda: self._append(truth), truth.images.nbytes)
+
+    def _append(self, truth: Truth) -> None:
         said = {"round": truth.round, "client": truth.client, "local_steps": truth.local_steps}
         data = tensorfile.pack({"images": truth.images, "labels": truth.labels}, said)
         shards.append(self._shard(truth.round), data)

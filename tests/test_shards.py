@@ -128,3 +128,19 @@ def test_the_group_capture_chooses_what_is_kept_and_none_keeps_nothing(tmp_path,
     assert "choose attack=none too" in capsys.readouterr().err
     assert main(["run", "capture.clients=some"]) == 2
     assert "capture.clients=some: must be all" in capsys.readouterr().err
+
+
+def test_what_is_put_aside_is_written_too_and_errors_wait_for_who_brings_more(tmp_path):
+    background = shards.Background(most=10)
+    done: list[int] = []
+    for number in range(3):
+        background.put_aside(lambda number=number: done.append(number), 8)
+    background.flush()
+    assert done == [0, 1, 2]
+    background.put_aside(lambda: 1 / 0)
+    time.sleep(3 * shards.IDLE)
+    background.put_aside(lambda: done.append(3))
+    with pytest.raises(ZeroDivisionError):
+        background.put(lambda: done.append(4))
+    background.flush()
+    assert done == [0, 1, 2]

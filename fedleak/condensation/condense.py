@@ -53,6 +53,20 @@ class Recipe:
         return self.matches or matches, self.train_epochs or epochs
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far images are, from which they can be gone on with.
+
+    Attributes:
+        networks: that were matched on.
+        images, speed: ``[N, C, H, W]``, and their momentum.
+    """
+
+    networks: int
+    images: Tensor
+    speed: Tensor
+
+
 def condense(
     images: Tensor,
     labels: Tensor,
@@ -62,7 +76,8 @@ def condense(
     *,
     seed: int = 0,
     bounded: bool = True,
-    on_network: Callable[[int, float], None] | None = None,
+    since: Progress | None = None,
+    on_network: Callable[[Progress, float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Condense a data set (Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, 2021).
 
@@ -73,17 +88,21 @@ def condense(
         network: number -> a fresh network that takes images in [0, 1].
         seed: decides every draw.
         bounded: keep the made images in [0, 1], as a picture and a federation's clients need them.
-        on_network: told the number of networks done and the mean distance at the last.
+        since: to go on from; None begins.
+        on_network: told after each network how far it is, and the mean distance there.
 
     Returns:
         Images ``[classes · images_per_class, C, H, W]`` and their labels, class by class.
     """
     members = [(labels == label).nonzero().squeeze(1) for label in range(classes)]
     scale = images.std()
-    made = _start(images, members, recipe, seed)
+    if since is None:
+        made = _start(images, members, recipe, seed)
+        since = Progress(0, made, torch.zeros_like(made))
+    made, speed = since.images.to(images.device), since.speed.to(images.device)
     made_labels = torch.arange(classes).repeat_interleave(recipe.images_per_class)
-    speed, (matches, epochs) = torch.zeros_like(made), recipe.loops
-    for number in range(recipe.networks):
+    matches, epochs = recipe.loops
+    for number in range(since.networks, recipe.networks):
         model, random = network(number), generator(seed, "condense", recipe.images_per_class, number)
         weights: Tensors = {name: value.detach() for name, value in model.named_parameters()}
         distance = 0.0
@@ -109,7 +128,7 @@ def condense(
                     model, weights, made, made_labels, seed=derive_seed(seed, "inner", number, match)
                 )
         if on_network is not None:
-            on_network(number + 1, distance)
+            on_network(Progress(number + 1, made.detach(), speed), distance)
     return made.detach(), made_labels
 
 

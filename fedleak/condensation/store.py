@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedleak import tensorfile
+from fedleak.condensation.condense import Progress
 from fedleak.errors import UsageError
 
 FILE = "condensed.safetensors"
@@ -54,3 +55,20 @@ def load_condensed(root: str | None, key: str = "data.root") -> Condensed:
         raise UsageError(f"{key}={root}: {path.name} is no condensed data set; name that of a fedleak condense run")
     images = tensors["images"].float() / 255
     return Condensed(images, tensors["labels"].long(), list(header["class_names"]), header["data"])
+
+
+def save_progress(path: Path, progress: Progress) -> None:
+    """Write down how far images are, to the bit."""
+    tensors = {"images": progress.images, "speed": progress.speed}
+    tensorfile.save(path, tensors, {"networks": progress.networks})
+
+
+def load_progress(path: Path) -> Progress | None:
+    """How far images were, None where nothing was written down; raises `UsageError` where that is damaged."""
+    if not path.exists():
+        return None
+    tensors, header = tensorfile.load(path)
+    try:
+        return Progress(header["networks"], tensors["images"], tensors["speed"])
+    except KeyError as error:
+        raise UsageError(f"{path}: holds no images that can be gone on with; remove it") from error

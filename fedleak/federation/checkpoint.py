@@ -26,6 +26,7 @@ class Checkpoint:
         lines: of the captures' index.
         of: what the run is of; see `fedleak.pipeline.identity`.
         seconds: that the run took until then.
+        rounds: the SHA-256 of ``rounds.csv`` until then, None in the checkpoints of before.
     """
 
     round: int
@@ -34,12 +35,14 @@ class Checkpoint:
     lines: int
     of: str
     seconds: float
+    rounds: str | None = None
 
     def write(self, folder: Path) -> None:
         """Whole or not at all, in place of the one before."""
         tensors = {f"model/{name}": value for name, value in self.model.items()}
         tensors |= {f"memory/{name}": value for name, value in self.memory.tensors.items()}
         said = {"round": self.round, "lines": self.lines, "of": self.of, "seconds": self.seconds}
+        said["rounds"] = self.rounds
         tensorfile.save(folder / FILE, tensors, said | {"memory": self.memory.said})
 
     @classmethod
@@ -53,7 +56,8 @@ class Checkpoint:
             model = {n.removeprefix("model/"): v for n, v in tensors.items() if n.startswith("model/")}
             kept = {n.removeprefix("memory/"): v for n, v in tensors.items() if n.startswith("memory/")}
             memory = Memory(said["memory"], kept)
-            return cls(said["round"], model, memory, said["lines"], said["of"], said["seconds"])
+            told = said.get("rounds")
+            return cls(said["round"], model, memory, said["lines"], said["of"], said["seconds"], told)
         except KeyError as error:
             raise UsageError(f"{path}: no checkpoint, {error} is missing; repeat the run") from error
 
@@ -61,13 +65,15 @@ class Checkpoint:
         """Take what was written after this round out of a run directory.
 
         Raises:
-            UsageError: less is there than was.
+            UsageError: less is there than was, or something else.
         """
         for path in [*(folder / "captures").glob("round-*.shard"), *(folder / "truth").glob("round-*.shard")]:
             number = re.fullmatch(r"round-(\d+)\.shard", path.name)
             if number is not None and int(number[1]) > self.round:
                 path.unlink()
         _keep_lines(folder / "rounds.csv", self.round + 1)
+        if self.rounds not in (None, files.digest(folder / "rounds.csv")):
+            raise UsageError(f"{folder / 'rounds.csv'}: altered since the run stopped; restore it, or repeat the run")
         if (folder / "captures" / "index.jsonl").exists() or self.lines:
             _keep_lines(folder / "captures" / "index.jsonl", self.lines)
 

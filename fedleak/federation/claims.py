@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
 from fedleak.errors import FedleakError
-from fedleak.federation.records import ARRAYS, EXAMPLES
+from fedleak.federation.records import ARRAYS, EXAMPLES, records_of
 from fedleak.training import SGD, LocalTraining
 
 MOST = 10**7
@@ -44,7 +44,7 @@ def whole(says: Mapping[str, Any], key: str, *, least: int) -> int | None:
 
 def examples(reply: Message) -> float | None:
     """How many examples a reply counts, in whichever record it says so."""
-    for record in reply.content.metric_records.values():
+    for record in records_of(reply.content, MetricRecord).values():
         if EXAMPLES in record:
             return number(record, EXAMPLES, least=1)
     return None
@@ -57,12 +57,12 @@ def told(training: LocalTraining, says: Mapping[str, Any]) -> LocalTraining:
         FedleakError: that cannot be.
     """
     steps, mu = whole(says, "local-steps", least=1), number(says, "proximal-mu", least=0)
-    if steps is not None:
+    if steps is not None and steps != training.local_steps:
         training = replace(training, local_steps=steps)
-    if "lr" in says:
+    if "lr" in says and (isinstance(says["lr"], bool) or says["lr"] != training.lr):
         optimizer = SGD(says["lr"]) if training.optimizer is None else replace(training.optimizer, lr=says["lr"])
         training = replace(training, optimizer=optimizer)
-    return training if mu is None else replace(training, proximal=mu)
+    return training if mu in (None, training.proximal) else replace(training, proximal=mu)
 
 
 def class_labels(says: Mapping[str, Any], classes: int | None) -> list[int] | None:
@@ -87,7 +87,7 @@ def arrays_of(reply: Message, key: str, sent: Mapping[str, Tensor]) -> ArrayReco
     Raises:
         Claim: there is none.
     """
-    records = reply.content.array_records
+    records = records_of(reply.content, ArrayRecord)
     if not records:
         raise Claim("no arrays")
     for name in (key, ARRAYS):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -25,14 +24,14 @@ WITHHELD = "withheld"
 """Of a client's memory: what its defense took from earlier changes."""
 
 
-def make_client_app(setup: Setup, truth_dir: Path) -> ClientApp:
+def make_client_app(setup: Setup, truth: TruthStore) -> ClientApp:
     """The ClientApp of a federation.
 
     It closes over the setup only: each process builds the scenario once, so that Ray ships no images.
 
     Args:
         setup: the run's.
-        truth_dir: where the client keeps its private batches for the evaluation. It never travels to the server.
+        truth: where the client keeps its private batches for the evaluation. It never travels to the server.
     """
     app = ClientApp()
     clipping = CLIPPING.get(setup.strategy.name)
@@ -54,7 +53,7 @@ def make_client_app(setup: Setup, truth_dir: Path) -> ClientApp:
         scenario = replace(scenario, training=replace(scenario.training, proximal=proximal))
         received = to_tensors(message.content.array_records[ARRAYS])
         with one_thread():
-            content = train_once(scenario, client, server_round, received, truth_dir, memory=context.state)
+            content = train_once(scenario, client, server_round, received, truth, memory=context.state)
         return Message(content, reply_to=message)
 
     return app
@@ -65,7 +64,7 @@ def train_once(
     client: int,
     server_round: int,
     received: dict[str, Tensor],
-    truth_dir: Path,
+    truth: TruthStore,
     *,
     memory: RecordDict | None = None,
 ) -> RecordDict:
@@ -73,7 +72,7 @@ def train_once(
     federation = scenario.federation
     images, labels = scenario.private_batch(client, server_round)
     if scenario.keep(server_round, client):
-        TruthStore(truth_dir).write(Truth(server_round, client, images, labels, federation.local_steps))
+        truth.write(Truth(server_round, client, images, labels, federation.local_steps))
     names = [name for name, _ in scenario.model.named_parameters()]
     device = scenario.device
     start = {name: received[name].to(device) for name in names}

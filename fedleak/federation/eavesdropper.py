@@ -24,7 +24,7 @@ from fedleak.audit.tap import Passing
 from fedleak.capture import CaptureInfo, CaptureStore
 from fedleak.errors import FedleakError, printable
 from fedleak.federation import claims
-from fedleak.federation.records import ARRAYS, PARTITION, client_record, to_tensors
+from fedleak.federation.records import ARRAYS, PARTITION, client_record, records_of, to_tensors
 from fedleak.federation.strategy import last_line
 from fedleak.observation import Observation, find_fault
 from fedleak.rounds import Keep
@@ -107,6 +107,7 @@ class Eavesdropper(Strategy):
         self.training = LocalTraining(payload, batch_size, local_steps, epochs, optimizer, training_mode, per_sample)
         self.model = model
         self.names = None if model is None else (_trained(model), list(model.state_dict()))
+        self._buffers = set() if self.names is None else set(self.names[1]) - set(self.names[0])
         self.client_of = client_of
         self.on_round = on_round
         self._sent: dict[int, _Sent] = {}
@@ -144,17 +145,21 @@ class Eavesdropper(Strategy):
 
     def _note(self, messages: Iterable[Message]) -> None:
         """What a round's messages carry."""
-        read: dict[int, tuple[Tensors, Tensors]] = {}  # messages may share their arrays
         self._sent = {}
+        read: dict[int, _Sent] = {}  # messages may share their content, or its arrays
         for message in messages:
-            key, carried = next(iter(message.content.array_records.items()), (ARRAYS, ArrayRecord()))
-            if self.names is not None:  # a model may travel beside other arrays
-                fits = ((k, r) for k, r in message.content.array_records.items() if len(r) == len(self.names[1]))
-                key, carried = next(fits, (key, carried))
-            if id(carried) not in read:
-                read[id(carried)] = self._split(self._named(to_tensors(carried)))
-            own: Mapping[str, Any] = next(iter(message.content.config_records.values()), {})
-            self._sent[message.metadata.dst_node_id] = _Sent(*read[id(carried)], own, key)
+            content = message.content
+            if id(content) not in read:
+                arrays = records_of(content, ArrayRecord)
+                key, carried = next(iter(arrays.items()), (ARRAYS, ArrayRecord()))
+                if self.names is not None:  # a model may travel beside other arrays
+                    fits = ((k, r) for k, r in arrays.items() if len(r) == len(self.names[1]))
+                    key, carried = next(fits, (key, carried))
+                if id(carried) not in read:
+                    read[id(carried)] = _Sent(*self._split(self._named(to_tensors(carried))), {})
+                own: Mapping[str, Any] = next(iter(records_of(content, ConfigRecord).values()), {})
+                read[id(content)] = replace(read[id(carried)], config=own, key=key)
+            self._sent[message.metadata.dst_node_id] = read[id(content)]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -199,18 +204,18 @@ class Eavesdropper(Strategy):
 
     def _split(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(parameters, buffers) of a model's arrays."""
-        if self.names is None:
+        if not self._buffers:
             return tensors, {}
-        known = set(self.names[1])
-        buffers = known - set(self.names[0])
         return (
-            {name: value for name, value in tensors.items() if name not in buffers},
-            {name: value for name, value in tensors.items() if name in buffers},
+            {name: value for name, value in tensors.items() if name not in self._buffers},
+            {name: value for name, value in tensors.items() if name in self._buffers},
         )
 
     def _whole(self, update: Tensors, sent: _Sent, payload: Payload) -> Tensors:
         """An update by the model that is known: what did not come back stayed as it was, what is no part of it goes."""
         if self.names is None or not set(update) & set(sent.parameters):
+            return update
+        if update.keys() == sent.parameters.keys():
             return update
         frozen = {n: v if payload == "weights" else torch.zeros_like(v) for n, v in sent.parameters.items()}
         return {name: update.get(name, value) for name, value in frozen.items()}
@@ -230,16 +235,17 @@ class Eavesdropper(Strategy):
             update, buffers = self._split(self._named(to_tensors(record)))
             update = self._whole(update, sent, training.payload)
             fault = find_fault(update, sent.parameters, per_sample=training.per_sample)
-            fault = fault or find_fault({**sent.buffers, **buffers}, sent.buffers)
+            if fault is None and (buffers or sent.buffers):
+                fault = find_fault({**sent.buffers, **buffers}, sent.buffers)
             labels = claims.class_labels(says, self.store.info.classes)
         except claims.Claim as problem:
             return replace(seen, error=f"bad reply: {last_line(str(problem))}")
         except Exception as problem:  # a reply of any form must not stop the federation
             return replace(seen, error=f"bad update: {type(problem).__name__}: {last_line(str(problem))}")
-        seen = replace(seen, training=training, labels=None if labels is None else torch.tensor(labels))
         if fault is not None:
-            return replace(seen, error=f"bad update: {last_line(fault)}")
-        return replace(seen, update=update, buffers=buffers)
+            update, buffers, fault = {}, {}, f"bad update: {last_line(fault)}"
+        named = None if labels is None else torch.tensor(labels)
+        return replace(seen, update=update, training=training, buffers=buffers, labels=named, error=fault)
 
     def _training(self, reply: Message, config: Mapping[str, Any], says: Mapping[str, Any]) -> LocalTraining:
         """What is known of a client's training, its own word first; FedleakError where that cannot be."""
@@ -253,7 +259,8 @@ class Eavesdropper(Strategy):
         examples = claims.examples(reply)
         # One of our clients counts right; any other app's batch size is what its wrapper says, where it says one.
         if examples is not None and (says or training.batch_size is None):
-            training = replace(training, batch_size=max(1, round(examples / (training.local_steps or 1))))
+            size = max(1, round(examples / (training.local_steps or 1)))
+            training = training if size == training.batch_size else replace(training, batch_size=size)
         elif examples is not None and training.batch_size is not None:
             found = reconcile(
                 examples=round(examples), batch_size=training.batch_size, steps=training.steps, epochs=training.epochs

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 from torch.func import functional_call
 
+from fedleak import files
 from fedleak.capture import CaptureStore, Observation
 from fedleak.data import to_float
 from fedleak.errors import UsageError
@@ -26,6 +27,7 @@ from fedleak.federation.records import to_arrays, to_tensors
 from fedleak.federation.scenario import Scenario, build_strategy
 from fedleak.federation.strategy import Repeatable
 from fedleak.rounds import NOTHING
+from fedleak.shards import Background
 
 log = logging.getLogger("fedleak")
 
@@ -69,6 +71,7 @@ def make_server_app(
     on_round: Callable[[int, list[Observation]], None] | None = None,
     since: Checkpoint | None = None,
     of: str = "",
+    writer: Background | None = None,
 ) -> ServerApp:
     """The ServerApp of a federation: writes `captures/` and `rounds.csv`, a line as each round ends, and a checkpoint.
 
@@ -79,6 +82,7 @@ def make_server_app(
         on_round: called with each round's observations, see `Eavesdropper`.
         since: what to go on from, `rewind` done; None begins with the first round.
         of: what the run is of, for its checkpoints.
+        writer: writes the captures, and has the truth to write as well where clients are in this process.
     """
     app = ServerApp()
     parameters, buffers = scenario.start()
@@ -87,6 +91,8 @@ def make_server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         strategy = _overheard(scenario, run_dir, keeper, on_round)
+        if isinstance(strategy, Eavesdropper) and writer is not None:
+            strategy.store.writer = writer
         run_dir.mkdir(parents=True, exist_ok=True)
         with (run_dir / "rounds.csv").open("w" if since is None else "a", newline="") as file:
             rounds = _Rounds(scenario, keeper, strategy, file, on_row)
@@ -147,9 +153,10 @@ class _Checkpoints:
         """A checkpoint, once what the eavesdropper heard in this round is on disk."""
         model, memory = to_tensors(arrays), _memory(self.inner.strategy, aloud=server_round == self.inner.done + 1)
         seconds = time.perf_counter() - self.began + (0.0 if self.since is None else self.since.seconds)
+        rounds = files.digest(self.run_dir / "rounds.csv")  # now, before another round's line is there
 
         def write(lines: int) -> None:
-            Checkpoint(server_round, model, memory, lines, self.of, seconds).write(self.run_dir)
+            Checkpoint(server_round, model, memory, lines, self.of, seconds, rounds).write(self.run_dir)
 
         if isinstance(strategy, Eavesdropper):
             strategy.store.afterwards(write, sum(v.nbytes for v in [*model.values(), *memory.tensors.values()]))

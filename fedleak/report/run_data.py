@@ -20,6 +20,7 @@ from fedleak.config import flat
 from fedleak.errors import UsageError
 from fedleak.evaluation.matching import LEAKAGE_COLUMNS, Match, match
 from fedleak.evaluation.tables import ATTACK_COLUMNS
+from fedleak.files import digest
 from fedleak.truth import TruthStore
 
 ROUND_COLUMNS = ("round", "clients", "train_loss", "test_accuracy", "seconds")
@@ -108,6 +109,9 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     if home != folder:
         run.config |= _attack_settings(run.summary)
     run.rounds = _table(run, home / "rounds.csv", ROUND_COLUMNS)
+    sealed = run.summary.get("rounds_sha256")
+    if sealed and len(run.rounds) and digest(home / "rounds.csv") != sealed:
+        run.problems.append("rounds.csv was altered since the run ended.")
     attacked = run.summary.get("attack") != "none"
     run.attacks = _table(run, folder / "attacks.csv", ATTACK_COLUMNS)
     run.leakage = _table(run, folder / "leakage.csv", LEAKAGE_COLUMNS)

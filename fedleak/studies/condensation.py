@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from fedleak.condensation import FILE, Condensed, Recipe, Trainer, condense, save_condensed
+from fedleak.condensation import FILE, Condensed, Progress, Recipe, Trainer, condense, save_condensed
+from fedleak.condensation.store import load_progress, save_progress
 from fedleak.config import POSITIVE, YES_NO, Rule, is_number, list_of, one_of, whole
 from fedleak.data import ImageData, to_float
 from fedleak.errors import UsageError
@@ -37,6 +40,15 @@ PUBLISHED = {
 
 MOST_SHOWN = 10
 """Images of a class in the picture."""
+
+UNFINISHED = "unfinished"
+"""Folder with what an interrupted run goes on from."""
+
+SECONDS = 10.0
+"""Between two writings of that."""
+
+Known = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Images and labels to train on, images and labels to test on."""
 
 
 @dataclass
@@ -106,21 +118,20 @@ class Condensation(Study):
                 for seed in range(job.seed, job.seed + self.seeds):
                     made = self._condensed(job, data, known, count, seed, advance)
                     where = {"data": data.name, "images_per_class": count, "seed": seed}
-                    for name, (some, labels) in made.items():
+                    for name, pairs in made.items():
                         for number in range(self.evaluations):
-                            model = _network(
-                                self._judge(job.setup.model), data, derive_seed(seed, "evaluation", number)
-                            )
-                            accuracy = Trainer(self.epochs, augment=self.augment).accuracy(
-                                model.to(job.device), some, labels, *known[2:], seed=derive_seed(seed, "train", number)
-                            )
-                            results.add([{**where, "set": name, "network": number, "test_accuracy": accuracy}])
-                            advance(1, f"{name}, {count} a class: {accuracy:.1%}")
-                    resembled.add({**where, **row} for row in nearest(*made["condensed"], images, test_images))
+                            place = {**where, "set": name, "network": number}
+                            if not results.take(**place):
+                                accuracy = self._judged(job, data, pairs, known, seed, number)
+                                results.add([{**place, "test_accuracy": accuracy}])
+                            advance(1, f"{name}, {count} a class: {results.rows[-1]['test_accuracy']:.1%}")
+                    if not resembled.take(**where):
+                        resembled.add({**where, **row} for row in nearest(*made["condensed"], images, test_images))
                     if seed == job.seed:
                         _save(job, data, count, made["condensed"], alone=len(self._counts) == 1)
         summary = summarise(results.frame, resembled.frame)
         write_csv(summary, job.folder / "summary.csv")
+        shutil.rmtree(job.folder / UNFINISHED, ignore_errors=True)  # nothing is left to go on with
         return summary[["data", "images_per_class", "set", "test_accuracy", "low", "high", "published"]]
 
     @property
@@ -131,11 +142,19 @@ class Condensation(Study):
         """The model of the networks that judge."""
         return model if self.judge_width is None else Part("model", {**model.node, "width": self.judge_width})
 
+    def _judged(
+        self, job: Job, data: ImageData, made: tuple[Tensor, Tensor], known: Known, seed: int, number: int
+    ) -> float:
+        """The test accuracy of a fresh network that was trained on made images."""
+        model = _network(self._judge(job.setup.model), data, derive_seed(seed, "evaluation", number))
+        trainer = Trainer(self.epochs, augment=self.augment)
+        return trainer.accuracy(model.to(job.device), *made, *known[2:], seed=derive_seed(seed, "train", number))
+
     def _condensed(
         self,
         job: Job,
         data: ImageData,
-        known: tuple[Tensor, Tensor, Tensor, Tensor],
+        known: Known,
         count: int,
         seed: int,
         advance: Callable[[int, str], None],
@@ -148,10 +167,19 @@ class Condensation(Study):
         def network(number: int) -> nn.Module:
             return _network(job.setup.model, data, derive_seed(seed, "condense", number)).to(job.device)
 
-        def tell(number: int, distance: float) -> None:
+        path = job.folder / UNFINISHED / f"{count}_per_class-seed-{seed}.safetensors"
+        since = load_progress(path) if job.resume else None
+        advance(0 if since is None else since.networks, f"{count} a class")
+        written = time.monotonic()
+
+        def tell(progress: Progress, distance: float) -> None:
+            nonlocal written
+            if progress.networks == self.networks or time.monotonic() - written > SECONDS:
+                save_progress(path, progress)
+                written = time.monotonic()
             advance(1, f"{count} a class: distance {distance:.2f}")
 
-        options: dict[str, Any] = {"seed": seed, "bounded": self.bounded, "on_network": tell}
+        options: dict[str, Any] = {"seed": seed, "bounded": self.bounded, "since": since, "on_network": tell}
         made = condense(images, labels, data.classes, recipe, network, **options)
         random, chosen = generator(seed, "random images", count), []
         for label in range(data.classes):

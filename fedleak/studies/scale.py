@@ -6,22 +6,28 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
 from fedleak.attacks import Knowledge
 from fedleak.capture import CaptureStore
 from fedleak.config import list_of, whole
 from fedleak.federation.client import make_client_app
+from fedleak.federation.engine import LocalEngine
 from fedleak.federation.scenario import build_scenario, shared_model
 from fedleak.federation.server import RoundRow, make_server_app
 from fedleak.outcome import write_csv
+from fedleak.setup import Setup
+from fedleak.shards import Background
 from fedleak.studies.base import Job, Results, Study, require
 from fedleak.studies.federations import Cells, cell_setup, check_cells
+from fedleak.truth import TruthStore
 
 
 @dataclass
@@ -103,22 +109,31 @@ class Scale(Study):
             "seconds_captured": eavesdropped[0],
             "cpu": without[1],
             "cpu_captured": eavesdropped[1],
+            "waited": without[2],
+            "waited_captured": eavesdropped[2],
             "overhead": eavesdropped[0] / without[0] - 1,
             "cpu_overhead": eavesdropped[1] / without[1] - 1,
+            "waited_overhead": eavesdropped[2] / without[2] - 1,
             "copy": copy,
             "megabytes": size / 2**20,
             "files": files,
         }
 
 
-def _federate(job: Job, changes: Sequence[str], folder: Path) -> tuple[float, float]:
-    """(wall, processor) seconds of a federation into `folder`."""
+def _federate(job: Job, changes: Sequence[str], folder: Path) -> tuple[float, float, float]:
+    """Seconds of a federation into `folder`: wall, processor, and those of them that were not the background's."""
     setup = cell_setup(job, changes)
-    scenario = build_scenario(setup)
-    server, client = make_server_app(scenario, folder), make_client_app(setup, folder / "truth")
-    began, spent = time.perf_counter(), time.process_time()
-    setup.engine.build().run(server, client, setup.federation.clients)
-    return time.perf_counter() - began, time.process_time() - spent
+    apps = _apps(setup, folder)
+    began, spent, waited = time.perf_counter(), time.process_time(), time.thread_time()
+    setup.engine.build().run(*apps, setup.federation.clients)
+    return time.perf_counter() - began, time.process_time() - spent, time.thread_time() - waited
+
+
+def _apps(setup: Setup, folder: Path, on_row: Callable[[RoundRow], None] | None = None) -> tuple[ServerApp, ClientApp]:
+    """Server and client, which write as those of ``fedleak run``."""
+    writer = Background() if isinstance(setup.engine.build(), LocalEngine) else None
+    server = make_server_app(build_scenario(setup), folder, on_row=on_row, writer=writer)
+    return server, make_client_app(setup, TruthStore(folder / "truth", writer))
 
 
 def _kept(folder: Path) -> Iterator[Path]:
@@ -145,9 +160,7 @@ def _long(job: Job, changes: Sequence[str], rows: Results) -> None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         rows.add([{"round": row.round, "seconds": row.seconds, "memory_mib": round(memory, 1)}])
 
-    scenario = build_scenario(setup)
-    server = make_server_app(scenario, folder, on_row=on_row)
-    setup.engine.build().run(server, make_client_app(setup, folder / "truth"), setup.federation.clients)
+    setup.engine.build().run(*_apps(setup, folder, on_row), setup.federation.clients)
     rows.rows[-1] = {**rows.rows[-1], "files": len(list(_kept(folder)))}
     rows.add([])
     shutil.rmtree(folder)
@@ -157,8 +170,7 @@ def _attack(job: Job, changes: Sequence[str]) -> float:
     """Seconds of the configuration's attack on all updates of one round."""
     setup, folder = cell_setup(job, changes), job.folder / "victims"
     scenario = build_scenario(setup)
-    server, client = make_server_app(scenario, folder), make_client_app(setup, folder / "truth")
-    setup.engine.build().run(server, client, setup.federation.clients)
+    setup.engine.build().run(*_apps(setup, folder), setup.federation.clients)
     seen = CaptureStore.open(folder / "captures").load()
     shape, classes = scenario.image_shape, scenario.data.classes
     attack = setup.attack.build()

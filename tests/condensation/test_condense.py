@@ -30,7 +30,7 @@ def test_networks_learn_from_the_condensed_images_what_tells_the_classes_apart()
     images, labels = halves()
     told = []
     recipe = Recipe(1, networks=15, batch_size=16, lr=0.5)
-    made, of = condense(images, labels, 2, recipe, network, on_network=lambda n, distance: told.append(distance))
+    made, of = condense(images, labels, 2, recipe, network, on_network=lambda progress, distance: told.append(distance))
     assert made.shape == (2, 1, 8, 8)
     assert of.tolist() == [0, 1]
     assert made.min() >= 0

@@ -10,6 +10,7 @@ from fedleak.federation.records import ARRAYS, to_tensors
 from fedleak.federation.scenario import build_scenario
 from fedleak.interrupted import where_it_stopped
 from fedleak.setup import compose
+from fedleak.truth import TruthStore
 
 
 def test_blends_of_images_and_labels_are_alike():
@@ -47,7 +48,7 @@ def replies(made, rounds, folder, memory):
     parameters, buffers = made.start()
     received = {**parameters, **buffers}
     return [
-        to_tensors(train_once(made, 0, n, received, folder, memory=memory).array_records[ARRAYS])
+        to_tensors(train_once(made, 0, n, received, TruthStore(folder), memory=memory).array_records[ARRAYS])
         for n in range(1, rounds + 1)
     ]
 

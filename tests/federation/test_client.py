@@ -11,6 +11,7 @@ from fedleak.federation.client import train_once
 from fedleak.federation.records import to_tensors
 from fedleak.federation.scenario import build_scenario
 from fedleak.setup import compose
+from fedleak.truth import TruthStore
 
 
 class InPlace(Defense):
@@ -43,7 +44,7 @@ def scenario(defense, *overrides):
 
 def sent(made, tmp_path):
     parameters, buffers = made.start()
-    content = train_once(made, 0, 1, {**parameters, **buffers}, tmp_path)
+    content = train_once(made, 0, 1, {**parameters, **buffers}, TruthStore(tmp_path))
     return to_tensors(content.array_records["arrays"]), parameters
 
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fedleak.cli import main
+from fedleak.condensation import Trainer
 from fedleak.data import condensed, digits
 from fedleak.errors import UsageError
 from fedleak.federation.scenario import build_scenario
 from fedleak.setup import compose
+from fedleak.studies import condensation
 from fedleak.studies.condensation import nearest
 
 SMALL = ["condense", "condense.networks=2", "condense.epochs=5", "condense.batch_size=8", "condense.evaluations=2"]
@@ -100,3 +102,32 @@ def test_nearest_counts_as_many_others_as_private_ones():
 def test_impossible_settings_are_refused(override, message, capsys):
     assert main(["condense", override]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("moment", ["network", "accuracy"])
+def test_a_killed_condensation_goes_on_with_the_same_images(tmp_path, monkeypatch, moment):
+    run = [*SMALL, "condense.networks=3", "condense.seeds=2"]
+    assert main([*run, f"output_dir={tmp_path / 'whole'}"]) == 0
+    monkeypatch.setattr(condensation, "SECONDS", 0.0)
+    owner, name, last = {
+        "network": (condensation, "save_progress", 5),  # of six networks
+        "accuracy": (Trainer, "accuracy", 3),  # of eight
+    }[moment]
+    before, calls = getattr(owner, name), []
+
+    def interrupted(*arguments, **options):
+        calls.append(name)
+        if len(calls) == last:
+            raise KeyboardInterrupt
+        return before(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        assert main([*run, f"output_dir={tmp_path / 'run'}"]) == 130
+    done: list[int] = []
+    monkeypatch.setattr(owner, name, lambda *a, **o: (done.append(1), before(*a, **o))[1])
+    assert main(["run", f"resume={tmp_path / 'run'}"]) == 0
+    assert len(done) == {"network": 2, "accuracy": 6}[moment]
+    for file in ("results.csv", "nearest.csv", "summary.csv", "condensed.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert not (tmp_path / "run" / "unfinished").exists()
