@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
+from fedleak.attacks.norms import write_out
 from fedleak.training import Given, LocalTraining, Tensors, unroll
 
 
 def functional_copy(model: nn.Module, training_mode: bool) -> nn.Module:
     """A copy that may be differentiated twice under vmap: nothing in place, no running statistics in train mode."""
     model = copy.deepcopy(model).train(training_mode)
-    if training_mode:
-        torch.func.replace_all_batch_norm_modules_(model)  # batch statistics are used, running ones not updated
+    write_out(model)
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]

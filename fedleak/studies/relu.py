@@ -37,8 +37,8 @@ from fedleak.threat import ThreatModel
 
 SHARES = (1e-2, 1e-3)
 """Errors of which the table has the share of images below."""
-_TRAINED_AT, _BATCH = 0.05, 32
-"""Learning rate and batch size of training before the attack."""
+_TRAINED_AT, _BATCH, _TESTED = 0.05, 32, 2000
+"""Learning rate and batch size of training before the attack, and images that its accuracy is measured on."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ class ReluStudy(Study):
     """Each attack on fresh networks of every kind, one setting changed at a time, and on noise.
 
     Args:
-        networks: of each cell.
+        networks: of each cell of single images.
         attacks: name -> overrides.
         activations: of untrained networks, one image each; the first is that of all other cells.
         steps: training steps before the attack, one image each.
         batch_sizes: above 1, of untrained networks.
+        batch_networks: of each of these, which take longer; None for as many as of the others.
     """
 
     networks: int
@@ -68,9 +69,12 @@ class ReluStudy(Study):
     activations: Sequence[str] = ("relu", "leaky_relu", "sigmoid", "tanh")
     steps: Sequence[int] = (200,)
     batch_sizes: Sequence[int] = (2,)
+    batch_networks: int | None = None
 
     def __post_init__(self) -> None:
         require("networks", self.networks, whole(1))
+        if self.batch_networks is not None:
+            require("batch_networks", self.batch_networks, whole(1))
         require("steps", self.steps, list_of(1))
         require("batch_sizes", self.batch_sizes, list_of(2))
         unknown = [name for name in self.activations if name not in ACTIVATIONS]
@@ -98,16 +102,22 @@ class ReluStudy(Study):
         data, results, cells = load_data(job.setup.data), job.results(), list(self.cells())
         auxiliary = _auxiliary(data, job.seed)  # the same tensors throughout, of which a prior is made once
         shown: dict[tuple[Cell, str], tuple[Tensor, Tensor]] = {}
-        with job.console.steps("networks", len(cells) * len(self.attacks) * self.networks) as advance:
-            for cell in cells:
-                victims = self._victims(job, data, cell)
-                possible = [self._possible(victims, number, cell, auxiliary) for number in range(self.networks)]
-                for name in self.attacks:
-                    for number in range(self.networks):
-                        rows, pair = self._attacked(job, auxiliary, victims, number, cell, name, possible[number])
-                        results.add(rows)
-                        shown.setdefault((cell, name), pair)
-                        advance(1, f"{name}: {cell.activation}, {cell.steps} steps, batch size {cell.batch_size}")
+        where = [(number, cell) for number in range(self.networks) for cell in cells if number < self._networks(cell)]
+        with job.console.steps("attacks", len(where) * len(self.attacks)) as advance:
+            for number, cell in where:  # network by network, so that every cell has its rows when a study is stopped
+                left = list(self.attacks)
+                if number > 0:  # the first network is drawn
+                    left = [a for a in left if not results.take(**vars(cell), attack=a, network=number)]
+                    advance(len(self.attacks) - len(left), "taken from the earlier run")
+                if not left:
+                    continue
+                victim, accuracy = self._victim(job, data, cell, number)
+                possible = self._possible(victim, cell, auxiliary)
+                for name in left:
+                    rows, pair = self._attacked(job, auxiliary, victim, cell, name, possible)
+                    results.add({**row, "network": number, "accuracy": _short(accuracy)} for row in rows)
+                    shown.setdefault((cell, name), pair)
+                    advance(1, f"{name}: {cell.activation}, {cell.steps} steps, batch size {cell.batch_size}")
         summary = summarise(results.frame)
         write_csv(summary, job.folder / "summary.csv")
         draw(summary, shown, job)
@@ -118,28 +128,31 @@ class ReluStudy(Study):
         attack, setup = cell_attack(job, f"study.attacks.{name}", overrides)
         return attack, setup.threat
 
-    def _victims(self, job: Job, data: ImageData, cell: Cell) -> Captured:
+    def _networks(self, cell: Cell) -> int:
+        return (cell.batch_size > 1 and self.batch_networks) or self.networks
+
+    def _victim(self, job: Job, data: ImageData, cell: Cell, number: int) -> tuple[Captured, float]:
+        """A network's update, the truth behind it, and how accurate the network is on test images."""
+        accuracies = list[float]()
+
         def train(network: nn.Module, number: int) -> None:
             _train(network, data, cell.steps, generator(job.seed, "relu", "train", number))
+            accuracies.append(_accuracy(network, data))
 
-        model, numbers = _with(job.setup.model, cell.activation), range(self.networks)
-        victims = draw_victims(data, model, numbers, cell.batch_size, ThreatModel(), job.seed, train)
-        if cell.update != CONTROL:
-            return victims
-        observations = [
-            replace(one, update=noise_like(one, generator(job.seed, "relu", CONTROL, number)))
-            for number, one in enumerate(victims.observations)
-        ]
-        return replace(victims, observations=observations)
+        model = _with(job.setup.model, cell.activation)
+        victim = draw_victims(data, model, [number], cell.batch_size, ThreatModel(), job.seed, train)
+        if cell.update == CONTROL:
+            observation = victim.observations[0]
+            noise = noise_like(observation, generator(job.seed, "relu", CONTROL, number))
+            victim = replace(victim, observations=[replace(observation, update=noise)])
+        return victim, accuracies[0]
 
-    def _possible(
-        self, victims: Captured, number: int, cell: Cell, auxiliary: tuple[Tensor, Tensor]
-    ) -> list[float] | None:
+    def _possible(self, victim: Captured, cell: Cell, auxiliary: tuple[Tensor, Tensor]) -> list[float] | None:
         """The limit of one image with the attacker's prior of auxiliary images; larger batches are left out."""
         if cell.update == CONTROL or cell.batch_size > 1:
             return None
-        observation, truth = victims.observations[number], victims.truths[number]
-        knowledge = replace(victims.knowledge, auxiliary=auxiliary)
+        observation, truth = victim.observations[0], victim.truths[0]
+        knowledge = replace(victim.knowledge, auxiliary=auxiliary)
         prior = image_prior(knowledge)
         found = limit_of(observation, truth, knowledge, observation.training, NoDefense(), prior)
         return [float(value) for value in found.mse]
@@ -148,21 +161,20 @@ class ReluStudy(Study):
         self,
         job: Job,
         auxiliary: tuple[Tensor, Tensor],
-        victims: Captured,
-        number: int,
+        victim: Captured,
         cell: Cell,
         name: str,
         possible: list[float] | None,
     ) -> tuple[list[dict[str, Any]], tuple[Tensor, Tensor]]:
         attack, threat = self._attack(job, name, cell.batch_size)
-        knowledge = replace(victims.knowledge, threat=threat)
+        knowledge = replace(victim.knowledge, threat=threat)
         if threat.auxiliary_data:
             knowledge = replace(knowledge, auxiliary=auxiliary)
-        found = attack([victims.observations[number]], knowledge, device=job.device, seed=job.seed)[0]
-        pairs = match(found, victims.truths[number], similarity=False)
+        found = attack(victim.observations, knowledge, device=job.device, seed=job.seed)[0]
+        pairs = match(found, victim.truths[0], similarity=False)
         where = {"update": cell.update, "activation": cell.activation, "steps": cell.steps}
         rows = [
-            {**where, "batch_size": cell.batch_size, "attack": name, "network": number, "image": pair.image}
+            {**where, "batch_size": cell.batch_size, "attack": name, "image": pair.image}
             | {"mse": _short(pair.mse), "limit_mse": _short(possible[place] if possible else None)}
             | {"method": found.details.get("method"), "stop_reason": str(found.stop_reason)}
             | {"evaluations": found.evaluations, "seconds": round(found.seconds, 2)}
@@ -187,6 +199,7 @@ def summarise(frame: pd.DataFrame) -> pd.DataFrame:
         limit = pd.to_numeric(group["limit_mse"], errors="coerce").median()
         return {k: _short(v) for k, v in values.items()} | {
             "limit_mse": _short(limit),
+            "accuracy": _short(group["accuracy"].mean()),
             "seconds": _short(group["seconds"].median()),
         }
 
@@ -231,6 +244,12 @@ def _train(network: nn.Module, data: ImageData, steps: int, random: torch.Genera
         loss = nn.functional.cross_entropy(network(to_float(data.train_images[chosen])), data.train_labels[chosen])
         loss.backward()
         optimizer.step()
+
+
+def _accuracy(network: nn.Module, data: ImageData) -> float:
+    with torch.no_grad():
+        guesses = network(to_float(data.test_images[:_TESTED])).argmax(1)
+    return float((guesses == data.test_labels[:_TESTED]).double().mean())
 
 
 def _auxiliary(data: ImageData, seed: int) -> tuple[Tensor, Tensor]:

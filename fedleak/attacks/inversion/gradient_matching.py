@@ -13,7 +13,13 @@ from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.chain.fully_connected import has_rank
 from fedleak.attacks.inversion.cases import Case, Results, unusable
 from fedleak.attacks.inversion.coordinates import Coordinates, Cosines
-from fedleak.attacks.inversion.distances import ChainDistance, Comparison, Distance, GeneralDistance
+from fedleak.attacks.inversion.distances import (
+    ChainDistance,
+    Comparison,
+    Distance,
+    GeneralDistance,
+    LoopDistance,
+)
 from fedleak.attacks.inversion.objectives import L2, Objective
 from fedleak.attacks.inversion.optimizers import LBFGS, Optimizer
 from fedleak.attacks.inversion.priors import Prior
@@ -136,7 +142,7 @@ class GradientMatching(Inversion):
         self.candidates = candidates
         self.initial = initial
         self.unroll = unroll
-        fast = () if general else (ChainDistance,)
+        fast = () if general else (ChainDistance, LoopDistance)
         self.distances: tuple[type[Distance], ...] = (*distances, *fast, GeneralDistance)
         self.settings = Settings(
             priors=tuple(priors),
