@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fedleak.studies.limit import LimitStudy
     from fedleak.studies.local_steps import LocalSteps
     from fedleak.studies.mlp_dlg import MlpDlg
+    from fedleak.studies.networks import Networks
     from fedleak.studies.relu import ReluStudy
     from fedleak.studies.rounds import Rounds
     from fedleak.studies.scale import Scale
@@ -39,6 +40,7 @@ __all__ = [
     "LimitStudy",
     "LocalSteps",
     "MlpDlg",
+    "Networks",
     "ReluStudy",
     "Results",
     "Rounds",
@@ -66,6 +68,7 @@ _HOME = {
     "LimitStudy": "fedleak.studies.limit",
     "LocalSteps": "fedleak.studies.local_steps",
     "MlpDlg": "fedleak.studies.mlp_dlg",
+    "Networks": "fedleak.studies.networks",
     "ReluStudy": "fedleak.studies.relu",
     "Results": "fedleak.studies.base",
     "Rounds": "fedleak.studies.rounds",

@@ -136,7 +136,7 @@ class ReluStudy(Study):
         accuracies = list[float]()
 
         def train(network: nn.Module, number: int) -> None:
-            _train(network, data, cell.steps, generator(job.seed, "relu", "train", number))
+            train_steps(network, data, cell.steps, generator(job.seed, "relu", "train", number))
             accuracies.append(_accuracy(network, data))
 
         model = _with(job.setup.model, cell.activation)
@@ -236,7 +236,8 @@ def _with(model: Part, activation: str) -> Part:
     return replace(model, node={**model.node, "activation": activation})
 
 
-def _train(network: nn.Module, data: ImageData, steps: int, random: torch.Generator) -> None:
+def train_steps(network: nn.Module, data: ImageData, steps: int, random: torch.Generator) -> None:
+    """SGD with momentum on batches of 32 training images."""
     optimizer = torch.optim.SGD(network.parameters(), lr=_TRAINED_AT, momentum=0.9)
     for _ in range(steps):
         chosen = torch.randint(len(data.train_labels), (_BATCH,), generator=random)
