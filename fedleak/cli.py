@@ -118,7 +118,7 @@ def frontier(arguments: list[str]) -> int:
 
 
 def attack(arguments: list[str]) -> int:
-    """``fedleak attack``: an earlier run's config, with attack, threat and device as given now."""
+    """``fedleak attack``: an earlier run's config, with attack, threat, limit and device as given now."""
     trusted = "--trust" in arguments
     flags, overrides = split([word for word in arguments if word != "--trust"])
     if flags:
@@ -139,7 +139,7 @@ def attack(arguments: list[str]) -> int:
         earlier_overrides(run_dir) if captured else [],
         [o for o in overrides if not o.startswith("run_dir=")],
     )
-    free = (*CHANGEABLE, "device", "seed", "output_dir")
+    free = (*CHANGEABLE, "device", "seed", "limit", "output_dir")
     for key, override in given.items():
         fixed = key.split("/")[0].split(".")[0] not in ("run_dir", *free) and key != SEARCH
         if fixed and override.input_line not in earlier:

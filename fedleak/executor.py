@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from fedleak.attacks.store import ReconstructionStore
 from fedleak.attacks.views import Updates
 from fedleak.capture import Observation
 from fedleak.errors import FedleakError, UsageError
+
+MOMENT = 0.1
+"""Seconds for which a worker gathers what is finished before it sends it home."""
 
 PIECE = 64
 """Updates that are attacked together: more are hardly faster each, and fewer leave workers idle at the end."""
@@ -123,13 +127,15 @@ def _gather(
     while waiting:
         for piece in ray.wait(waiting, num_returns=1)[0]:
             try:
-                done.append(ray.get(next(piece)))
+                found = ray.get(next(piece))
             except StopIteration:
                 waiting.remove(piece)
                 continue
             except ray.exceptions.RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, FedleakError) else error) from None
-            store.write(done[-1])
+            for result in found:
+                store.write(result)
+            done += found
             if on_progress is not None:
                 on_progress(_progress(done, problems, time.perf_counter() - began))
 
@@ -162,8 +168,8 @@ class _Outlet(ReconstructionStore):
 
 def solve(
     known: tuple[Attack, Knowledge], seen: Sequence[Observation], device: str, seed: int, seconds: float | None
-) -> Iterator[Reconstruction]:
-    """In a worker: the attack on a piece, each reconstruction as it finishes."""
+) -> Iterator[list[Reconstruction]]:
+    """In a worker: the attack on a piece, the reconstructions as they finish, those of some moments together."""
     attack, knowledge = known
     outlet = _Outlet()
 
@@ -177,7 +183,17 @@ def solve(
     if device == "cpu":
         torch.set_num_threads(1)
     threading.Thread(target=work, daemon=True).start()
-    while (result := outlet.finished.get()) is not None:
-        if isinstance(result, BaseException):
-            raise result
-        yield result
+    going = True
+    while going:
+        some = [outlet.finished.get()]
+        time.sleep(MOMENT)  # each message costs a core that others work on
+        with suppress(queue.Empty):
+            while True:
+                some.append(outlet.finished.get_nowait())
+        found = [one for one in some if isinstance(one, Reconstruction)]
+        if found:
+            yield found
+        for one in some:
+            if isinstance(one, BaseException):
+                raise one
+        going = some[-1] is not None

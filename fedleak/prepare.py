@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fedleak.attacks import Attack
+from fedleak.attacks import Attack, Knowledge
 from fedleak.attacks.adaptive import require_imitation
 from fedleak.errors import UsageError
 from fedleak.federation.scenario import Scenario, build_scenario, build_strategy
@@ -33,8 +33,11 @@ def prepare(setup: Setup) -> tuple[Scenario, Attack | None, Any]:
     each = 1 if setup.threat.per_sample_gradients else smallest
     check_training(scenario.model, scenario.image_shape, each, setup.federation.training_mode)
     hidden = hidden_draws(scenario.model, setup.federation.training_mode)
-    if attack is not None and hidden is not None:
-        log.warning(hidden)
+    if attack is not None:
+        if hidden is not None:
+            log.warning(hidden)
+        known = Knowledge(scenario.model, scenario.image_shape, scenario.data.classes, setup.threat)
+        attack.check_model(known, setup.seen_in(1))
     if attack is not None and attack.adaptive and setup.threat.defense:
         require_imitation(scenario.defense, dict(scenario.model.named_parameters()), scenario.training)
     build_strategy(scenario)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import time
 import types
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -17,7 +19,7 @@ from fedleak.attacks.labels import Version1
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.cli import main
 from fedleak.errors import UsageError
-from fedleak.executor import PIECE, attack_on_ray, pieces
+from fedleak.executor import PIECE, attack_on_ray, find_modules, pieces
 from fedleak.models import LeNet
 from fedleak.setup import compose
 
@@ -134,6 +136,31 @@ def solved(seen, overrides, folder):
 @pytest.mark.slow
 def test_a_real_cluster_gives_the_same_tables(both):
     both("attack=idlg", "attack.max_evaluations=30")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+def test_two_workers_against_one_on_512_victims(observe, tmp_path, capfd):
+    """Wall time, so nothing else should run; Ray's own start is not counted, that of its workers is."""
+    import ray
+
+    find_modules()
+    seen = [replace(observe(1, seed=client)[0], client=client) for client in range(512)]
+    attack = compose(["attack=idlg", "attack.restarts=1", "attack.max_evaluations=120"]).attack.build()
+    known, seconds = Knowledge(LeNet((1, 28, 28), 10), (1, 28, 28), 10), {}
+    for workers in (1, 2):
+        ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False)
+        try:
+            began, store = time.perf_counter(), ReconstructionStore(tmp_path / str(workers))
+            attack_on_ray(attack, seen, known, store=store, device=torch.device("cpu"), seed=0, seconds=None)
+            seconds[workers] = time.perf_counter() - began
+        finally:
+            ray.shutdown()
+    with capfd.disabled():
+        print(f"\n512 victims, one worker: {seconds[1]:.1f} s; two: {seconds[2]:.1f} s, {seconds[1] / seconds[2]:.2f}×")
+    for one, other in zip(*(ReconstructionStore(tmp_path / str(workers)) for workers in (1, 2)), strict=True):
+        assert torch.equal(one.images, other.images)
+    assert seconds[1] > 1.3 * seconds[2]
 
 
 def test_many_updates_are_cut_alike_for_any_number_of_workers(observe):

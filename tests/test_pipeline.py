@@ -82,7 +82,7 @@ def test_poisoned_or_deleted_truth_changes_no_reconstruction(small_run, copied):
     shutil.rmtree(copied / "truth")
     for one in known:
         truth.write(replace(one, images=torch.rand_like(one.images), labels=(one.labels + 1) % 10))
-    assert main(["attack", f"run_dir={copied}"]) == 0
+    assert main(["attack", f"run_dir={copied}", "limit=off"]) == 0
     assert all(torch.equal(a, b) for a, b in zip(images(small_run), images(copied / "attacks/idlg"), strict=True))
     scores = pd.read_csv(copied / "attacks/idlg/attacks.csv")
     assert scores.label_accuracy.eq(0).all(), "the judgement does open the truth"
@@ -112,8 +112,8 @@ def test_a_killed_attack_goes_on_from_what_was_finished(small_run, copied, monke
             raise KeyboardInterrupt
 
     monkeypatch.setattr(store.ReconstructionStore, "write", write_then_die)
-    assert main(["attack", f"run_dir={copied}"]) == 130
-    assert main(["attack", f"run_dir={copied}"]) == 0
+    assert main(["attack", f"run_dir={copied}", "limit=off"]) == 130
+    assert main(["attack", f"run_dir={copied}", "limit=off"]) == 0
     assert len(finished) == len(set(finished)) == 4, "nothing was computed twice"
     # The two left over were solved beside fewer others, which rounds differently, but leads to the same images.
     for one, other in zip(images(small_run), images(copied / "attacks/idlg"), strict=True):
@@ -123,7 +123,19 @@ def test_a_killed_attack_goes_on_from_what_was_finished(small_run, copied, monke
 def test_another_attack_on_the_same_captures_leaves_the_run_alone(small_run, tmp_path):
     before = {p: p.read_bytes() for p in small_run.glob("*.csv")}
     out = tmp_path / "labels"
-    assert main(["attack", f"run_dir={small_run}", "attack=labels_only", "attack.clients=1", f"output_dir={out}"]) == 0
+    assert (
+        main(
+            [
+                "attack",
+                f"run_dir={small_run}",
+                "attack=labels_only",
+                "attack.clients=1",
+                "limit=off",
+                f"output_dir={out}",
+            ]
+        )
+        == 0
+    )
     assert {p: p.read_bytes() for p in small_run.glob("*.csv")} == before
     attacks = pd.read_csv(out / "attacks.csv")
     assert list(attacks.client) == [0, 0]
@@ -150,7 +162,9 @@ def test_fedavg_of_one_step_and_fedsgd_leak_the_same_labels(tmp_path):
 def test_a_strong_defense_stops_the_images(tmp_path, defense):
     folder = tmp_path / "run"
     common = ["federation.clients=2", "federation.rounds=1", "federation.batch_size=1", "attack.max_evaluations=300"]
-    assert main(["run", *common, "attack=idlg", "attack.restarts=1", *defense, f"output_dir={folder}"]) == 0
+    assert (
+        main(["run", *common, "attack=idlg", "attack.restarts=1", "limit=off", *defense, f"output_dir={folder}"]) == 0
+    )
     assert pd.read_csv(folder / "leakage.csv").recovered.sum() == 0
     attacks = pd.read_csv(folder / "attacks.csv")
     assert attacks.defense.str.contains(defense[0].split("=")[1]).all()

@@ -171,3 +171,42 @@ def test_the_smallest_run_starts_and_ends_in_four_seconds(tmp_path):
         seconds.append(after.ru_utime - before.ru_utime)
     print(f"the smallest run takes {min(seconds):.2f} s of CPU and {after.ru_maxrss // 1024} MB")
     assert min(seconds) < 6  # of CPU, where others may be at work too; the goal is 4 on a machine of one's own
+
+
+HEADLESS = """
+from torch import nn
+
+
+def net(image_shape, classes, seed=0):
+    return nn.Sequential(nn.Conv2d(image_shape[0], classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+HEADLESS_NET = "model={_target_: headless_net.net}"
+PEELING = ["attack=map", "attack/inversion=peeling", "attack.inversion.fallback=null"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["attack=labels_only", HEADLESS_NET], "has no nn.Linear layer"),
+        (["attack=idlg", "federation.batch_size=1", HEADLESS_NET], "has no nn.Linear layer"),
+        (["attack=fedleak", HEADLESS_NET], "has no nn.Linear layer"),
+        (["attack=map", "attack/labels=joint"], "attack=map (MAP) needs labels"),
+        (["attack=learned", "federation.batch_size=2"], "reads single samples"),
+        (
+            ["attack=idlg", "federation.batch_size=1", "attack/inversion=features", "model=resnet20"],
+            "chain of convolutions",
+        ),
+        ([*PEELING, "model=resnet20"], "cannot undo"),
+        (
+            [*PEELING, "federation.batch_size=6"],
+            "cannot",
+        ),
+    ],
+)
+def test_an_attack_that_the_model_cannot_feed_is_refused_before_the_federation(mine, capsys, overrides, message):
+    (mine / "headless_net.py").write_text(HEADLESS)
+    assert main(["run", "data.image_size=16", "threat.labels=true", *overrides, "output_dir=run"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (mine / "run").exists()

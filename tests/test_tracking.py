@@ -13,6 +13,7 @@ from fedleak.instantiate import Part
 from fedleak.tracking import MLflow, NoTracker, TensorBoard, Tracker, finite
 
 SHORT = ["attack=idlg", "federation.clients=2", "federation.rounds=2", "federation.batch_size=1", "attack.restarts=2"]
+SHORT = [*SHORT, "limit=off"]
 
 
 class Diary(Tracker):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedleak.attacks.adaptive import seen_through
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, LabelInference, Run
+from fedleak.attacks.labels.joint import Joint
 from fedleak.attacks.results import Progress, Reconstruction, StopReason
 from fedleak.attacks.store import ReconstructionStore
 from fedleak.attacks.views import Updates, View
@@ -110,6 +111,22 @@ class Attack:
         # How many steps there were may be assumed, see `assume_one_step`.
         known = training.seen_by(threat)
         self._check_scale(known if known.steps is not None else replace(known, local_steps=1, epochs=1))
+
+    def check_model(self, knowledge: Knowledge, training: LocalTraining) -> None:
+        """Raise `UsageError` if the model cannot feed the attack, which else is found only when there are updates.
+
+        Args:
+            knowledge: as the attack will get it.
+            training: how clients train, all of it.
+        """
+        training = self.view.training(training)
+        if self.inversion.needs_labels and isinstance(self.labels, Joint):
+            raise UsageError(
+                f"attack={self.name} ({type(self.inversion).__name__}) needs labels; choose another attack/labels than "
+                "joint"
+            )
+        self.labels.check_model(knowledge)
+        self.inversion.check_model(knowledge, training)
 
     def _check_scale(self, training: LocalTraining) -> None:
         if training.scale is not None or not self.inversion.needs_scale:

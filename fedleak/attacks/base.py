@@ -17,6 +17,7 @@ from fedleak.attacks.results import Progress, Reconstruction
 from fedleak.capture import Observation
 from fedleak.defenses.base import Defense
 from fedleak.threat import ThreatModel
+from fedleak.training import LocalTraining
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ class LabelInference(ABC):
         """The label inference of an adaptive attacker, who expects a defense; by default itself."""
         return self
 
+    def check_model(self, knowledge: Knowledge) -> None:  # noqa: B027  most take any
+        """Raise `UsageError` for a model whose updates cannot be read; by default every one can be tried."""
+
     @abstractmethod
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
@@ -124,6 +128,8 @@ class Inversion(ABC):
     """How many label multisets it decides between by itself, however many `attack.candidates` asks for."""
     fixed_batches: ClassVar[bool] = False
     """Whether it takes all updates of a client for updates of the same images."""
+    needs_labels: ClassVar[bool] = False
+    """Whether labels must be inferred first."""
 
     def adapted(self) -> Inversion:
         """The inversion of an adaptive attacker, whose guesses go through `Target.imitate`; by default itself.
@@ -132,6 +138,14 @@ class Inversion(ABC):
             UsageError: there is nothing to adapt.
         """
         return self
+
+    def check_model(self, knowledge: Knowledge, training: LocalTraining) -> None:  # noqa: B027  most take any
+        """Raise `UsageError` for a model, or a training, that cannot be undone; by default everything can be tried.
+
+        Args:
+            knowledge: as `invert` gets it.
+            training: how clients train, all of it.
+        """
 
     @abstractmethod
     def invert(

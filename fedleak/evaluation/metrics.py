@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 RECOVERED_MSE = 1e-3
@@ -44,6 +43,8 @@ def ssim(truth: Tensor, rebuilt: Tensor) -> Tensor:
     References:
         Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity, 2004.
     """
+    from skimage.metrics import structural_similarity  # late: a run that rebuilds no image need not wait for it
+
     _check(truth, rebuilt)
     shortest = min(truth.shape[-2:])
     window = min(11, shortest - 1 + shortest % 2)

@@ -106,7 +106,7 @@ def _information(samples: Iterator[Jacobian], precision: Rows, unknowns: int) ->
         done += len(part)
     assert rows is not None
     total = Jacobian.join(factors).gram(precision) if factors[0].blocks else None
-    return add_gram(rows, total)[0]
+    return add_gram(rows, total, tile=256)[0]
 
 
 def _inverse_diagonal(factor: Tensor, width: int) -> Tensor:

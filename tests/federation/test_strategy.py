@@ -19,6 +19,7 @@ from fedleak.federation.strategy import Repeatable, dropped, sampled
 from fedleak.setup import compose
 
 RUN = ["run", "federation.rounds=2", "federation.clients=3", "federation.batch_size=1", "attack=labels_only"]
+RUN = [*RUN, "limit=off"]
 
 
 def calls(fault):

@@ -27,7 +27,7 @@ from fedleak.capture import Observation
 from fedleak.defenses.base import Defense
 from fedleak.errors import UsageError
 from fedleak.seeding import derive_seed, generator, global_draws
-from fedleak.training import Tensors
+from fedleak.training import LocalTraining, Tensors
 
 _CHUNK = 64
 _NUMBERS = 2**26
@@ -39,6 +39,12 @@ _WIDTHS = (1.0, 2.0, 4.0, 8.0)
 """Of Gaussian kernels, in median distances."""
 _HELD_OUT = 5
 """One training image in so many chooses between the regressors."""
+
+
+_SINGLE = (
+    "attack/inversion=learned reads single samples of one local step with a label; choose federation.batch_size=1, or "
+    "attack=fedleak"
+)
 
 
 class Learned(Inversion):
@@ -62,6 +68,8 @@ class Learned(Inversion):
         learning. UAI 2023.
     """
 
+    needs_labels = True
+
     def __init__(self, examples: int = 1200, projections: int = 512, steps: int = 300, rounds: int = 2) -> None:
         settings = (
             ("examples", examples, 10),
@@ -73,6 +81,11 @@ class Learned(Inversion):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"attack.inversion.{name}={value}: must be a whole number of at least {least}")
         self.examples, self.projections, self.steps, self.rounds = examples, projections, steps, rounds
+
+    def check_model(self, knowledge: Knowledge, training: LocalTraining) -> None:
+        """See `Inversion.check_model`."""
+        if (training.samples != 1 and not training.per_sample) or not training.single:
+            raise UsageError(_SINGLE)
 
     def invert(
         self,
@@ -89,10 +102,7 @@ class Learned(Inversion):
         results: list[Reconstruction | None] = [None] * len(observations)
         for problem in pose(observations, guesses, knowledge):
             if problem.samples != 1 or not problem.targets[0].training.single or problem.labels is None:
-                raise UsageError(
-                    "attack/inversion=learned reads single samples of one local step with a label; choose "
-                    "federation.batch_size=1, or attack=fedleak"
-                )
+                raise UsageError(_SINGLE)
             result = self._one(problem, observations[problem.index], knowledge, run)
             results[problem.index] = result
             if run.on_result is not None:

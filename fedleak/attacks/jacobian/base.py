@@ -165,14 +165,20 @@ def _gram_of_factors(block: Factored) -> Tensor:
     return total.flatten(3).flatten(1, 2) + mixed + mixed.mT
 
 
-def add_gram(rows: Tensor, total: Tensor | None) -> Tensor:
-    """``total`` + rows rowsᵀ, ``[P, D, D]`` of rows ``[P, D, n]``; half of the products are mirrored."""
+def add_gram(rows: Tensor, total: Tensor | None, tile: int = _TILE) -> Tensor:
+    """``total`` + rows rowsᵀ, ``[P, D, D]`` of rows ``[P, D, n]``; half of the products are mirrored.
+
+    Args:
+        rows: of each problem.
+        total: what to add to, in place; None for nothing.
+        tile: rows of a tile; the smaller, the fewer products are computed twice.
+    """
     count = rows.shape[1]
     if count <= _TILE:
         return rows @ rows.mT if total is None else total.baddbmm_(rows, rows.mT)
     result = rows.new_empty(len(rows), count, count) if total is None else total
-    for first in range(0, count, _TILE):
-        last = min(first + _TILE, count)
+    for first in range(0, count, tile):
+        last = min(first + tile, count)
         strip = rows[:, first:last] @ rows[:, first:].mT
         if total is None:
             result[:, first:last, first:] = strip

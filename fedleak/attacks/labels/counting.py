@@ -70,6 +70,10 @@ class CountInference(LabelInference):
     def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
 
+    def check_model(self, knowledge: Knowledge) -> None:
+        """See `LabelInference.check_model`: a last linear layer is needed."""
+        find_last_layer(knowledge)
+
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:

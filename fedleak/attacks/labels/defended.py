@@ -35,6 +35,10 @@ class Defended(LabelInference):
         self.most_samples = otherwise.most_samples  # type: ignore[misc]
         self.gaps = FromWhatIsLeft()
 
+    def check_model(self, knowledge: Knowledge) -> None:
+        """See `LabelInference.check_model`."""
+        self.otherwise.check_model(knowledge)
+
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:

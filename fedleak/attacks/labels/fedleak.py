@@ -79,6 +79,10 @@ class Fedleak(LabelInference):
         """With another method for batches' updates that have gaps."""
         return Defended(self)
 
+    def check_model(self, knowledge: Knowledge) -> None:
+        """See `LabelInference.check_model`: a last linear layer is needed."""
+        find_last_layer(knowledge)
+
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:

@@ -36,6 +36,10 @@ class IDLG(LabelInference):
 
     most_samples = 1
 
+    def check_model(self, knowledge: Knowledge) -> None:
+        """See `LabelInference.check_model`: a last linear layer is needed."""
+        find_last_layer(knowledge)
+
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:

@@ -19,6 +19,10 @@ class PerSample(LabelInference):
 
     needs: ClassVar[frozenset[str]] = frozenset({"per_sample_gradients"})
 
+    def check_model(self, knowledge: Knowledge) -> None:
+        """See `LabelInference.check_model`: a last linear layer is needed."""
+        find_last_layer(knowledge)
+
     def infer(
         self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
     ) -> list[LabelGuess | None]:

@@ -29,6 +29,7 @@ from fedleak.attacks.row_space import batch_features
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 from fedleak.seeding import generator
+from fedleak.training import LocalTraining
 
 _CONVERGED = 1e-4
 """Of the relative misfit: what local minima leave is ten times as much."""
@@ -39,6 +40,12 @@ _UNLIMITED = 2**31
 """Evaluations, where no time is planned."""
 _SOUND = 0.02
 """Of the relative gap of the fully connected layers' gradients, up to which what was unwound is believed."""
+
+
+_UNFIT = (
+    "attack.inversion=features takes updates of one local step through a chain of convolutions and fully connected "
+    "layers that unwind, and not these {} samples of this model; choose attack=fedleak, which takes what fits"
+)
 
 
 class FeaturesFirst(Inversion):
@@ -70,6 +77,12 @@ class FeaturesFirst(Inversion):
         self.starts, self.least, self.prior = starts, least, prior
         self.cooling = Cooling(stages=stages, evaluations=evaluations)
 
+    def check_model(self, knowledge: Knowledge, training: LocalTraining) -> None:
+        """See `Inversion.check_model`."""
+        model = copy.deepcopy(knowledge.model).cpu().train(training.training_mode)
+        if not training.single or read_layers(model, knowledge.image_shape) is None:
+            raise UsageError(_UNFIT.format(training.samples))
+
     def invert(
         self,
         observations: Sequence[Observation],
@@ -88,11 +101,7 @@ class FeaturesFirst(Inversion):
         unwound = [None if layers is None else unwound_of(problem, layers) for problem in problems]
         for problem, found in zip(problems, unwound, strict=True):
             if found is None:
-                raise UsageError(
-                    "attack.inversion=features takes updates of one local step through a chain of convolutions and "
-                    f"fully connected layers that unwind, and not these {problem.samples} samples of this model; "
-                    "choose attack=fedleak, which takes what fits"
-                )
+                raise UsageError(_UNFIT.format(problem.samples))
         sound = [found for found in unwound if found is not None]
         parts = self.solve(problems, sound, layers or [], knowledge, replace(run, on_result=None))
         results = []

@@ -69,6 +69,7 @@ class MAP(Inversion):
     """
 
     simulates = True
+    needs_labels = True
 
     def __init__(
         self,

@@ -13,11 +13,13 @@ from torch import Tensor
 from fedleak.attacks.base import Inversion, Knowledge, LabelGuess, Run
 from fedleak.attacks.inversion.cases import unusable
 from fedleak.attacks.inversion.gradient_matching import GradientMatching
+from fedleak.attacks.inversion.peeling.chain import Chain
 from fedleak.attacks.inversion.peeling.solve import Peeled, Peeler
 from fedleak.attacks.problem import Problem, pose
 from fedleak.attacks.results import Progress, Reconstruction, StopReason
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
+from fedleak.training import LocalTraining
 
 
 def closed_form(
@@ -72,6 +74,12 @@ def _peel(problems: Sequence[Problem], peeler: Peeler) -> Iterator[tuple[int, Pe
             yield problem.index, Peeled.join(found)
 
 
+_CANNOT = (
+    "attack.inversion=peeling cannot undo {}: it needs one local step, known labels, at most half as many samples as "
+    "classes and no branches or pooling; give it a fallback or choose attack.inversion=gradient_matching"
+)
+
+
 class Peeling(Inversion):
     """The closed form, checked against the observed gradient; what fails the check goes to another inversion.
 
@@ -101,6 +109,16 @@ class Peeling(Inversion):
 
         return Strongest() if self.fallback is None else Strongest(then=self.fallback)
 
+    def check_model(self, knowledge: Knowledge, training: LocalTraining) -> None:
+        """See `Inversion.check_model`: a fallback takes what cannot be peeled."""
+        if self.fallback is not None:
+            self.fallback.check_model(knowledge, training)
+            return
+        together = 1 if training.per_sample else training.samples or 1
+        many = together > 1 and 2 * together > knowledge.classes
+        if many or not training.single or Chain.read(knowledge.model, knowledge.image_shape) is None:
+            raise UsageError(_CANNOT.format("such updates of this model"))
+
     def invert(
         self,
         observations: Sequence[Observation],
@@ -123,11 +141,8 @@ class Peeling(Inversion):
         rest = [index for index in range(len(observations)) if index not in call.results]
         if rest and self.fallback is None:
             first = observations[rest[0]]
-            raise UsageError(
-                f"attack.inversion=peeling cannot undo round {first.round}, client {first.client} (batch_size="
-                f"{first.training.batch_size}): it needs one local step, known labels, at most half as many samples as "
-                "classes and no branches or pooling; give it a fallback or choose attack.inversion=gradient_matching"
-            )
+            which = f"round {first.round}, client {first.client} (batch_size={first.training.batch_size})"
+            raise UsageError(_CANNOT.format(which))
         fallback = self.fallback
         if isinstance(fallback, GradientMatching) and fallback.initial is None:
             # A peeled image that narrowly fails is near the truth, where a grey one may lead to another solution.
