@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mkldnn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fedleak.attacks.chain.base import Dense, Factored, Layer, Observed, Rows, Stack
 from fedleak.attacks.chain.products import Products
 from fedleak.attacks.chain.undo import Linear
 
+_GROUPED = 8
+"""Input channels from which a processor convolves in groups faster than it copies patches."""
+
 
 class Convolution(Layer):
-    """A plain two-dimensional convolution, as a product with the patches of its input."""
+    """A plain two-dimensional convolution, as a product with the patches of its input.
+
+    Every problem has a kernel of its own. Where a processor's convolution in groups, one a sample, is the faster way
+    to the same products (1.5 to 8 times, from eight channels on), it is taken.
+    """
 
     def __init__(self, name: str, module: nn.Conv2d) -> None:
         self.name = name
@@ -22,7 +33,8 @@ class Convolution(Layer):
         self.parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         self.kernel, self.stride = module.kernel_size, module.stride
         self.padding, self.dilation = (int(module.padding[0]), int(module.padding[1])), module.dilation
-        self.channels = module.out_channels
+        self.channels, self.grouped = module.out_channels, module.in_channels >= _GROUPED
+        self._of_input: Tensor | None = None
 
     def weights(self, targets: Sequence[Observed], stack: Stack) -> Rows:
         """Kernels as ``[P, O, C·kh·kw]``, biases ``[P, O]``."""
@@ -53,6 +65,50 @@ class Convolution(Layer):
         """The adjoint of `_patches`, ``[P·B, C, H, W]``."""
         return F.fold(patches, self.input_size, self.kernel, self.dilation, self.padding, self.stride)
 
+    def _groups(self, of: Tensor) -> bool:
+        return self.grouped and of.device.type == "cpu" and of.dtype == torch.float32 and mkldnn.is_available()
+
+    def _kernels(self, weight: Tensor) -> Tensor:
+        """``[N, O, C·kh·kw]`` as the kernel of N groups, ``[N·O, C, kh, kw]``."""
+        return weight.reshape(-1, weight.shape[2] // math.prod(self.kernel), *self.kernel)
+
+    def _settings(self, groups: int) -> dict[str, Any]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": groups}
+
+    def _convolve(self, weight: Tensor, a: Tensor) -> Tensor:
+        """``[N, O, H'·W']`` of kernels ``[N, O, C·kh·kw]`` and inputs ``[N, C, H, W]``."""
+        if not self._groups(a):
+            return weight @ (self.patches if a is self.input else self._patches(a))
+        z = F.conv2d(a.flatten(0, 1)[None], self._kernels(weight), **self._settings(len(a)))
+        self.size = z.shape[2], z.shape[3]
+        return z.reshape(len(a), -1, z.shape[2] * z.shape[3])
+
+    def _back(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """The adjoint of `_convolve` in its input: ``[N, C, H, W]`` of ``[N, O, H'·W']``."""
+        if not self._groups(delta):
+            return self._unpatch(weight.mT @ delta)
+        kernels, n = self._kernels(weight), len(delta)
+        size = (1, n * kernels.shape[1], *self.input_size)
+        outputs = delta.reshape(1, -1, *self.size)
+        found: Tensor = conv2d_input(size, kernels, outputs, **self._settings(n))
+        return found.reshape(n, -1, *self.input_size)
+
+    def _correlate(self, delta: Tensor, a: Tensor) -> Tensor:
+        """The adjoint of `_convolve` in its kernels: ``[N, O, C·kh·kw]`` of ``[N, O, H'·W']`` and inputs."""
+        if not self._groups(a):
+            return delta @ (self.patches if a is self.input else self._patches(a)).mT
+        n, size = len(a), (delta.shape[0] * delta.shape[1], a.shape[1], *self.kernel)
+        outputs = delta.reshape(1, -1, *self.size)
+        found: Tensor = conv2d_weight(a.flatten(0, 1)[None], size, outputs, **self._settings(n))
+        return found.reshape(*delta.shape[:2], -1)
+
+    @property
+    def patches(self) -> Tensor:
+        """Of the last input, ``[N, C·kh·kw, H'·W']``."""
+        if self._of_input is None:
+            self._of_input = self._patches(self.input)
+        return self._of_input
+
     def _each(self, weight: Tensor) -> Tensor:
         """``[P or 1, O, K]`` as ``[P·B, O, K]``."""
         p, b = self.batch
@@ -62,8 +118,8 @@ class Convolution(Layer):
         """``[P, B, O, H', W']``."""
         self.batch, self.input_size = a.shape[:2], a.shape[3:]
         self.w = self._each(rows[self.weight])
-        self.patches = self._patches(a.flatten(0, 1))
-        z = (self.w @ self.patches).unflatten(0, self.batch)
+        self.input, self._of_input = a.flatten(0, 1), None
+        z = self._convolve(self.w, self.input).unflatten(0, self.batch)
         if self.bias is not None:
             z = z + rows[self.bias][:, None, :, None]
         result: Tensor = z.unflatten(3, self.size)
@@ -72,10 +128,10 @@ class Convolution(Layer):
     def backward(self, rows: Rows, delta: Tensor) -> Tensor | None:
         """``[P, B, C, H, W]``."""
         self.delta = delta = delta.flatten(0, 1).flatten(2)
-        return None if self.first else self._unpatch(self.w.mT @ delta).unflatten(0, self.batch)
+        return None if self.first else self._back(self.w, delta).unflatten(0, self.batch)
 
     def _weight_gradient(self) -> Tensor:
-        gradient = self.delta @ self.patches.mT
+        gradient = self._correlate(self.delta, self.input)
         return gradient.unflatten(0, self.batch).sum(1) if self.batch[1] > 1 else gradient
 
     def book(self, rows: Rows, products: Products) -> None:
@@ -108,8 +164,13 @@ class Convolution(Layer):
     def forward_again(self, rows: Rows, by_delta: Tensor | None) -> Tensor | None:
         """``[P, B, O, H', W']``."""
         self.pulled = self._each(self.pulled)
-        by_weights = self.pulled @ self.patches
-        if by_delta is not None:
+        if by_delta is None:
+            by_weights = self._convolve(self.pulled, self.input)
+        elif self._groups(by_delta):
+            both = torch.cat([self.input, by_delta.flatten(0, 1)], 1)
+            by_weights = self._convolve(torch.cat([self.pulled, self.w], 2), both)
+        else:
+            by_weights = self._convolve(self.pulled, self.input)
             by_weights.baddbmm_(self.w, self._patches(by_delta.flatten(0, 1)))
         result: Tensor = by_weights.unflatten(0, self.batch)
         if self.bias is not None:
@@ -121,7 +182,7 @@ class Convolution(Layer):
         """``[P, B, C, H, W]``."""
         weights = torch.cat([self.pulled, self.w], 1)
         outputs = torch.cat([self.delta, by_output.flatten(0, 1).flatten(2)], 1)
-        result: Tensor = self._unpatch(weights.mT @ outputs).unflatten(0, self.batch)
+        result: Tensor = self._back(weights, outputs).unflatten(0, self.batch)
         return result
 
     def tangent(self, rows: Rows, t: Tensor) -> Tensor:
@@ -167,9 +228,9 @@ class Convolution(Layer):
     def pull_weights(self, by_delta: Tensor | None, by_output: Tensor) -> Rows:
         """Kernel ``[P, O, C·kh·kw]`` and bias ``[P, O]``; of a single sample a problem."""
         outputs = by_output.flatten(0, 1).flatten(2)
-        weight = outputs @ self.patches.mT
+        weight = self._correlate(outputs, self.input)
         if by_delta is not None:
-            weight = weight + self.delta @ self._patches(by_delta.flatten(0, 1)).mT
+            weight = weight + self._correlate(self.delta, by_delta.flatten(0, 1))
         found = {self.weight: weight}
         if self.bias is not None:
             found[self.bias] = outputs.sum(2)

@@ -43,7 +43,9 @@ class LBFGS(Optimizer):
     """Limited-memory BFGS that follows the path of `torch.optim.LBFGS`, for many problems at once.
 
     The direction comes from the compact representation (Byrd, Nocedal, Schnabel 1994): two passes over the history as
-    matrix products and two m×m triangular solves, instead of a loop over the m stored pairs.
+    matrix products, instead of a loop over the m stored pairs. Of the upper triangular ⟨s_i, y_j⟩, i no newer than j,
+    the inverse is kept: a new pair adds a column to it, and the oldest leaves with its row and column, which are the
+    first. So its order is of no account, and pairs stay where the ring has them.
 
     Args:
         lr: step length; 1 as in DLG and iDLG.
@@ -78,8 +80,9 @@ class LBFGS(Optimizer):
             "count": x.new_zeros(problems, dtype=torch.long),  # pairs ever stored
             "steps": x.new_zeros(problems, dtype=torch.long),
             "pairs": x.new_zeros(problems, 2, m, unknowns),  # s and y, a ring in `count % m`
-            "sy": x.new_zeros(problems, m, m, dtype=_wide(x)),  # ⟨s_i, y_j⟩, for i stored before or with j
+            "inverse": x.new_zeros(problems, m, m, dtype=_wide(x)),  # of ⟨s_i, y_j⟩, for i stored before or with j
             "yy": x.new_zeros(problems, m, m, dtype=_wide(x)),
+            "sy": x.new_zeros(problems, m, dtype=_wide(x)),  # ⟨s_i, y_i⟩
             "gamma": x.new_ones(problems),
             "gradient": torch.zeros_like(x),  # of the last accepted point
             "move": torch.zeros_like(x),  # last step: x - last accepted point
@@ -144,48 +147,37 @@ class LBFGS(Optimizer):
         if used == 0:
             return -gamma * gradient
         # One pass over the history gives its products with the gradient and with the newest y.
-        history, sy, yy = state["pairs"][:, :, :used], state["sy"], state["yy"]
+        history, wide = state["pairs"][:, :, :used], state["yy"].dtype
         probes = torch.stack([gradient, y], 1).mT
-        with_s, with_y = ((history[:, k] @ probes).to(sy.dtype) for k in (0, 1))
-        rows = torch.arange(len(y), device=y.device)
-        slot = (state["count"] - 1).clamp_min(0) % self.history_size
-        newest = learned[:, None]
-        sy[rows, :used, slot] = torch.where(newest, with_s[..., 1], sy[rows, :used, slot])
-        yy[rows, :used, slot] = torch.where(newest, with_y[..., 1], yy[rows, :used, slot])
-        yy[rows, slot, :used] = yy[rows, :used, slot]
+        with_s, with_y = ((history[:, k] @ probes).to(wide) for k in (0, 1))
+        self._tabulate(state, with_s[..., 1], with_y[..., 1], learned)
         by_s, by_y = self._coefficients(state, with_s[..., 0], with_y[..., 0], used)
         direction = -gamma * gradient
         for k, by in enumerate((by_s, by_y)):
             direction -= torch.bmm(by.to(y.dtype)[:, None], history[:, k]).squeeze(1)
         return direction
 
-    def _coefficients(self, state: State, s_g: Tensor, y_g: Tensor, used: int) -> tuple[Tensor, Tensor]:
+    def _tabulate(self, state: State, s_y: Tensor, y_y: Tensor, learned: Tensor) -> None:
+        """Take the newest pair into the tables, where one was learned: its products ``[P, used]`` with all pairs."""
+        used, rows, new = s_y.shape[1], torch.arange(len(s_y), device=s_y.device), learned[:, None]
+        slot = (state["count"] - 1).clamp_min(0) % self.history_size
+        yy, inverse, ys = state["yy"], state["inverse"], s_y[rows, slot]
+        yy[rows, :used, slot] = torch.where(new, y_y, yy[rows, :used, slot])
+        yy[rows, slot] = yy[rows, :, slot]
+        state["sy"][rows, slot] = torch.where(learned, ys, state["sy"][rows, slot])
+        inverse[rows, slot] = torch.where(new, 0.0, inverse[rows, slot])  # the oldest pair leaves, if the ring is full
+        older = s_y.scatter(1, slot[:, None], 0.0)
+        column = -(inverse[:, :used, :used] @ older[..., None]).squeeze(2).scatter(1, slot[:, None], -1.0)
+        inverse[rows, :used, slot] = torch.where(new, column / ys[:, None], inverse[rows, :used, slot])
+
+    @staticmethod
+    def _coefficients(state: State, s_g: Tensor, y_g: Tensor, used: int) -> tuple[Tensor, Tensor]:
         """What each s and y is multiplied with in H·g − γ·g, ``[P, used]`` each, in ring order."""
-        m = self.history_size
-        count = state["count"]
-        sy, yy = state["sy"][:, :used, :used], state["yy"][:, :used, :used]
-        place = torch.arange(used, device=count.device)
-        # Oldest first: slot (count + i) % m once the ring is full, slot i before.
-        offset = torch.where(count > m, count % m, 0)
-        order = (place[None] + offset[:, None]) % used
-        filled = place[None] < count[:, None]
-        ring = bool((count > m).any())
-        if ring:
-            s_g, y_g = s_g.gather(1, order), y_g.gather(1, order)
-            places = (order[:, :, None] * used + order[:, None, :]).flatten(1)
-            sy, yy = (table.flatten(1).gather(1, places).unflatten(1, (used, used)) for table in (sy, yy))
-        diagonal = torch.where(filled, sy.diagonal(dim1=1, dim2=2), 0.0)
-        upper = sy.triu() + torch.diag_embed(torch.where(filled, 0.0, 1.0).to(sy.dtype))
-        gamma = state["gamma"].to(sy.dtype)[:, None]
-        s_g, y_g = torch.where(filled, s_g, 0.0), torch.where(filled, y_g, 0.0)
-        u = torch.linalg.solve_triangular(upper, s_g[..., None], upper=True)
-        right = diagonal[..., None] * u + gamma[..., None] * (yy @ u) - (gamma * y_g)[..., None]
-        w = torch.linalg.solve_triangular(upper.mT, right, upper=False).squeeze(2)
-        by_y = -gamma * u.squeeze(2)
-        if ring:
-            w = torch.zeros_like(w).scatter_(1, order, w)
-            by_y = torch.zeros_like(by_y).scatter_(1, order, by_y)
-        return w, by_y
+        inverse, yy = state["inverse"][:, :used, :used], state["yy"][:, :used, :used]
+        gamma = state["gamma"].to(yy.dtype)[:, None]
+        u = (inverse @ s_g[..., None]).squeeze(2)
+        right = state["sy"][:, :used] * u + gamma * ((yy @ u[..., None]).squeeze(2) - y_g)
+        return (inverse.mT @ right[..., None]).squeeze(2), -gamma * u
 
 
 class Adam(Optimizer):

@@ -309,6 +309,26 @@ def test_convolution_patches_have_their_adjoint() -> None:
     torch.testing.assert_close((patches * other).sum(), (layer._unpatch(other) * a.flatten(0, 1)).sum())
 
 
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), ((2, 1), (1, 2))])
+def test_convolving_in_groups_gives_what_patches_give(stride, dilation, monkeypatch) -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(12, 5, (3, 5), stride=stride, padding=(1, 2), dilation=dilation)
+    a, weight, back = torch.randn(2, 3, 12, 9, 11), torch.randn(2, 5, 12 * 15), None
+    found = []
+    for available in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda available=available: available)
+        layer = Convolution("0", module)
+        layer.first = False
+        z = layer.forward({layer.weight: weight, layer.bias: torch.zeros(2, 5)}, a)
+        back = torch.randn_like(z) if back is None else back
+        layer.pulled, layer.bias_pulled = -2 * weight, torch.ones(2, 5)
+        outputs = [z, layer.backward({}, back), layer._weight_gradient(), layer.forward_again({}, 3 * a)]
+        found.append([*outputs, layer.backward_again({}, 2 * back)])
+        assert layer._groups(a) == available
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("payload", ["gradient", "weights"])
 @pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9), Adam(0.01)])
 def test_a_clients_own_steps_are_matched_where_asked_for(payload: str, optimizer: ClientOptimizer) -> None:
