@@ -13,14 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
-from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer, last_layer_gradients, where
+from fedleak.attacks.base import Knowledge, LabelGuess, Run
+from fedleak.attacks.labels.last_layer import LastLayer, LastLayerInference, last_layer_gradients, where
 from fedleak.attacks.labels.probe import dummy_images, probe
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
-
-_CHUNK = 2**26
-"""Elements of ∂L/∂W held at once: thousands of small models, or a few with a thousand classes."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Counts:
     expected: Tensor
 
 
-class CountInference(LabelInference):
+class CountInference(LastLayerInference):
     """A label inference that reads label counts off the last layer's gradient; subclasses write `count`."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"batch_size"})
@@ -70,37 +67,11 @@ class CountInference(LabelInference):
     def count(self, evidence: Evidence, knowledge: Knowledge, run: Run) -> Counts:
         """Label counts of N updates at once."""
 
-    def check_model(self, knowledge: Knowledge) -> None:
-        """See `LabelInference.check_model`: a last linear layer is needed."""
-        find_last_layer(knowledge)
-
-    def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
-    ) -> list[LabelGuess | None]:
-        """Infer the labels behind each observation; None for an observation that carries an error.
-
-        Raises:
-            UsageError: if a batch size is withheld, the model has no final linear layer, or an update is zero or
-                NaN there.
-        """
-        guesses: list[LabelGuess | None] = [None] * len(observations)
-        usable = [index for index, observation in enumerate(observations) if observation.error is None]
-        if not usable:
-            return guesses
-        layer = find_last_layer(knowledge)
-        size = at_once(layer)
-        for start in range(0, len(usable), size):
-            chunk = usable[start : start + size]
-            evidence = collect([observations[index] for index in chunk], layer)
-            found = self.count(evidence, knowledge, run)
-            for index, guess in zip(chunk, guesses_from(found, candidates), strict=True):
-                guesses[index] = guess
-        return guesses
-
-
-def at_once(layer: LastLayer) -> int:
-    """How many updates are read together, so that memory is bounded; of many classes a system of them is larger."""
-    return max(1, _CHUNK // (layer.classes * max(layer.features, 4 * layer.classes)))
+    def read(
+        self, observations: Sequence[Observation], layer: LastLayer, knowledge: Knowledge, run: Run, candidates: int
+    ) -> list[LabelGuess]:
+        """See `LastLayerInference.read`; a batch size is needed."""
+        return guesses_from(self.count(collect(observations, layer), knowledge, run), candidates)
 
 
 def collect(observations: Sequence[Observation], layer: LastLayer) -> Evidence:

@@ -10,11 +10,11 @@ import torch
 
 from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.attacks.labels.bias import Bias
-from fedleak.attacks.labels.counting import Counts, Evidence, at_once, collect, guesses_from, round_counts
+from fedleak.attacks.labels.counting import Counts, Evidence, collect, guesses_from, round_counts
 from fedleak.attacks.labels.defended import Defended
 from fedleak.attacks.labels.idlg import sign_rule
 from fedleak.attacks.labels.ilrg import ILRG
-from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer
+from fedleak.attacks.labels.last_layer import LastLayer, LastLayerInference
 from fedleak.attacks.labels.llg import LLG
 from fedleak.attacks.labels.local_steps import as_plain, local_step_counts
 from fedleak.attacks.labels.posterior import Posterior, domain_images, inputs, label_posterior
@@ -30,7 +30,7 @@ EXACT = 1e-6
 """Residual of the row space up to which the features that it found are those of the samples."""
 
 
-class Fedleak(LabelInference):
+class Fedleak(LastLayerInference):
     """The default for batches: exact where the gradient's row space holds every sample, else learnt by simulation.
 
     Needs `batch_size`; uses auxiliary data where they are granted.
@@ -79,34 +79,13 @@ class Fedleak(LabelInference):
         """With another method for batches' updates that have gaps."""
         return Defended(self)
 
-    def check_model(self, knowledge: Knowledge) -> None:
-        """See `LabelInference.check_model`: a last linear layer is needed."""
-        find_last_layer(knowledge)
-
-    def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
-    ) -> list[LabelGuess | None]:
-        """Infer the labels behind each observation; None for an observation that carries an error.
-
-        Raises:
-            UsageError: if a batch size is withheld, the model has no final linear layer, or an update is zero or
-                NaN there.
-        """
-        guesses: list[LabelGuess | None] = [None] * len(observations)
-        usable = [index for index, observation in enumerate(observations) if observation.error is None]
-        if not usable:
-            return guesses
-        layer = find_last_layer(knowledge)
-        size = at_once(layer)
-        for start in range(0, len(usable), size):
-            chunk = usable[start : start + size]
-            seen = [observations[index] for index in chunk]
-            evidence = replace(collect([as_plain(o) for o in seen], layer), observations=seen)
-            with one_thread():  # the search takes thousands of tiny steps
-                found = self._guess(evidence, knowledge, candidates, run)
-            for index, guess in zip(chunk, found, strict=True):
-                guesses[index] = guess
-        return guesses
+    def read(
+        self, observations: Sequence[Observation], layer: LastLayer, knowledge: Knowledge, run: Run, candidates: int
+    ) -> list[LabelGuess]:
+        """See `LastLayerInference.read`; a batch size is needed."""
+        evidence = replace(collect([as_plain(o) for o in observations], layer), observations=observations)
+        with one_thread():  # the search takes thousands of tiny steps
+            return self._guess(evidence, knowledge, candidates, run)
 
     def _guess(self, evidence: Evidence, knowledge: Knowledge, candidates: int, run: Run) -> list[LabelGuess]:
         """The guess of each of N updates, by whichever way fits it."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
-from fedleak.attacks.labels.last_layer import find_last_layer, last_layer_gradients, where
+from fedleak.attacks.base import Knowledge, LabelGuess, Run
+from fedleak.attacks.labels.last_layer import LastLayer, LastLayerInference, last_layer_gradients, where
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
 
@@ -31,36 +31,23 @@ def sign_rule(weight: Tensor) -> Tensor:
     return torch.where(one_negative, sums.argmin(dim=1), weight.norm(dim=2).argmax(dim=1))
 
 
-class IDLG(LabelInference):
+class IDLG(LastLayerInference):
     """The one class with a negative gradient (iDLG, Zhao et al. 2020). Needs one sample an update, and says so."""
 
     most_samples = 1
 
-    def check_model(self, knowledge: Knowledge) -> None:
-        """See `LabelInference.check_model`: a last linear layer is needed."""
-        find_last_layer(knowledge)
-
-    def infer(
-        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
-    ) -> list[LabelGuess | None]:
-        """One label for each observation; None for an observation that carries an error.
-
-        Raises:
-            UsageError: if an update is known to hold more than one sample.
-        """
-        guesses: list[LabelGuess | None] = [None] * len(observations)
-        usable = [index for index, observation in enumerate(observations) if observation.error is None]
-        for index in usable:
-            training = observations[index].training
+    def read(
+        self, observations: Sequence[Observation], layer: LastLayer, knowledge: Knowledge, run: Run, candidates: int
+    ) -> list[LabelGuess]:
+        """One label for each; see `LastLayerInference.read`."""
+        for observation in observations:
+            training = observation.training
             samples = (training.batch_size or 1) * (training.local_steps or 1)  # at least so many
             if samples != 1:
                 raise UsageError(
-                    f"attack/labels=idlg reads the label of a single sample, and {where(observations[index])} holds "
-                    f"{samples}; choose attack/labels=fedleak (from Python method='fedleak'), or let clients take one "
-                    "step on one sample (federation.batch_size=1, federation.local_steps=1)"
+                    f"attack/labels=idlg reads the label of a single sample, and {where(observation)} holds {samples}; "
+                    "choose attack/labels=fedleak (from Python method='fedleak'), or let clients take one step on one "
+                    "sample (federation.batch_size=1, federation.local_steps=1)"
                 )
-        if usable:
-            gradients = last_layer_gradients([observations[index] for index in usable], find_last_layer(knowledge))
-            for index, label in zip(usable, sign_rule(gradients.weight), strict=True):
-                guesses[index] = LabelGuess(label.view(1, 1), torch.ones(1))
-        return guesses
+        labels = sign_rule(last_layer_gradients(observations, layer).weight)
+        return [LabelGuess(label.view(1, 1), torch.ones(1)) for label in labels]

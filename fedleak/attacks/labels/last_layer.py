@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from fedleak.attacks.base import Knowledge
+from fedleak.attacks.base import Knowledge, LabelGuess, LabelInference, Run
 from fedleak.capture import Observation
 from fedleak.errors import UsageError
+
+_CHUNK = 2**26
+"""Elements of ∂L/∂W held at once: thousands of small models, or a few with a thousand classes."""
 
 
 @dataclass(frozen=True)
@@ -149,3 +153,40 @@ def _gradient(observation: Observation, layer: LastLayer) -> dict[str, Tensor]:
     if observation.training.per_sample:
         gradient = {name: value.mean(dim=0) for name, value in gradient.items()}
     return gradient
+
+
+class LastLayerInference(LabelInference):
+    """A label inference that reads the last layer's gradient, many updates at once; subclasses write `read`."""
+
+    @abstractmethod
+    def read(
+        self, observations: Sequence[Observation], layer: LastLayer, knowledge: Knowledge, run: Run, candidates: int
+    ) -> list[LabelGuess]:
+        """The guess of each of N updates without an error; raises `UsageError` where one cannot be read."""
+
+    def check_model(self, knowledge: Knowledge) -> None:
+        """See `LabelInference.check_model`: a last linear layer is needed."""
+        find_last_layer(knowledge)
+
+    def infer(
+        self, observations: Sequence[Observation], knowledge: Knowledge, run: Run, *, candidates: int = 1
+    ) -> list[LabelGuess | None]:
+        """Infer the labels behind each observation; None for an observation that carries an error.
+
+        Raises:
+            UsageError: if the model has no final linear layer, an update is NaN there, or a method needs what it does
+                not have: a batch size, an update of one sample, a gradient for each.
+        """
+        guesses: list[LabelGuess | None] = [None] * len(observations)
+        usable = [index for index, observation in enumerate(observations) if observation.error is None]
+        if not usable:
+            return guesses
+        layer = find_last_layer(knowledge)
+        # Memory is bounded; of many classes a system of them is larger than the layer.
+        size = max(1, _CHUNK // (layer.classes * max(layer.features, 4 * layer.classes)))
+        for start in range(0, len(usable), size):
+            chunk = usable[start : start + size]
+            found = self.read([observations[index] for index in chunk], layer, knowledge, run, candidates)
+            for index, guess in zip(chunk, found, strict=True):
+                guesses[index] = guess
+        return guesses
