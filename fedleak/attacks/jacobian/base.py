@@ -60,18 +60,19 @@ class Jacobian:
         Args:
             precision: name -> ``[P]`` or ``[P, n]``, R⁻¹ of the tensor or of each of its elements.
         """
-        total: Tensor | None = None
-        for name, block in self.blocks.items():
-            weight = precision[name]
-            if isinstance(block, Factored) and weight.dim() == 1:
-                part = _gram_of_factors(block) * weight[:, None, None].to(block.delta)
-                total = part if total is None else total.add_(part)
-                continue
-            values = dense(block)
-            root = weight.sqrt().to(values)
-            values = values * (root[:, None, None, None] if root.dim() == 1 else root[:, None, None])
-            total = add_gram(values.flatten(1, 2), total)
-        assert total is not None
+        blocks = _weighed(self.blocks, precision)
+        problems, batch, width = _sizes(blocks[0])
+        total = _like(blocks[0]).new_empty(problems, batch * width, batch * width)
+        for sample in range(batch):  # on and above the diagonal, then mirrored
+            first, last = sample * width, (sample + 1) * width
+            strip = total[:, first:last, first:]
+            for number, block in enumerate(blocks):
+                own, others = _pair(block, sample)
+                if number:
+                    strip.baddbmm_(own, others.mT)
+                else:
+                    strip.copy_(own @ others.mT)
+            total[:, last:, first:last] = strip[:, :, width:].mT
         return total
 
     def own_grams(self, precision: Rows) -> Tensor:
@@ -81,9 +82,9 @@ class Jacobian:
             weight = precision[name]
             if isinstance(block, Factored) and weight.dim() == 1:
                 each = Factored(*(v.flatten(0, 1)[:, None] for v in vars(block).values()))
-                part = _gram_of_factors(each).unflatten(0, block.delta.shape[:2]) * weight[:, None, None, None].to(
-                    each.delta
-                )
+                own, others = _pair(each, 0)
+                part = (own @ others.mT).unflatten(0, block.delta.shape[:2])
+                part *= weight[:, None, None, None].to(part)
                 total = part if total is None else total.add_(part)
                 continue
             values = dense(block)
@@ -152,17 +153,54 @@ def dense(block: Dense | Factored) -> Tensor:
     return (values + block.delta[..., None, :, None] * block.inputs_dot[..., None, :]).flatten(-2)
 
 
-def _gram_of_factors(block: Factored) -> Tensor:
-    """⟨ṙ_i h_iᵀ + r_i ḣ_iᵀ, ṙ_j h_jᵀ + r_j ḣ_jᵀ⟩ for all samples and coordinates, ``[P, D, D]``."""
-    k = block.delta_dot.shape[2]
-    inputs, deltas = block.inputs_dot.flatten(1, 2), block.delta_dot.flatten(1, 2)
-    total: Tensor = add_gram(inputs, None).unflatten(2, (-1, k)).unflatten(1, (-1, k))  # [P, B, K, B, K]
-    total *= (block.delta @ block.delta.mT)[:, :, None, :, None]
-    total += (deltas @ deltas.mT).view_as(total) * (block.inputs @ block.inputs.mT)[:, :, None, :, None]
-    cross = (block.delta_dot @ block.delta.mT[:, None])[..., None]  # ṙ_i·r_j: [P, B, K, B, 1]
-    other = torch.einsum("pin,pjkn->pijk", block.inputs, block.inputs_dot)[:, :, None]  # h_i·ḣ_j: [P, B, 1, B, K]
-    mixed = (cross * other).flatten(3).flatten(1, 2)
-    return total.flatten(3).flatten(1, 2) + mixed + mixed.mT
+_SMALL = 512
+"""Elements up to which parameters are taken together: each alone would cost a pass over the whole matrix."""
+
+
+def _weighed(blocks: Mapping[str, Dense | Factored], precision: Rows) -> list[Dense | Factored]:
+    """R^-½ J, in factors where the precision is the same for a whole parameter that has them."""
+    small: list[Tensor] = []
+    found: list[Dense | Factored] = []
+    for name, block in blocks.items():
+        root = precision[name].sqrt()
+        if isinstance(block, Factored) and root.dim() == 1:
+            each = root.to(block.delta)[:, None, None]
+            delta, delta_dot = block.delta * each, block.delta_dot * each[..., None]
+            found.append(Factored(delta, block.inputs, delta_dot, block.inputs_dot))
+            continue
+        values = dense(block)
+        values = values * root.to(values).view(len(root), 1, 1, -1)
+        if values.shape[3] <= _SMALL:
+            small.append(values)
+        else:
+            found.append(Dense(values))
+    return [*found, Dense(torch.cat(small, 3))] if small else found
+
+
+def _like(block: Dense | Factored) -> Tensor:
+    return block.values if isinstance(block, Dense) else block.delta_dot
+
+
+def _sizes(block: Dense | Factored) -> tuple[int, int, int]:
+    """P, B and K."""
+    problems, batch, width = _like(block).shape[:3]
+    return problems, batch, width
+
+
+def _pair(block: Dense | Factored, i: int) -> tuple[Tensor, Tensor]:
+    """Rows ``[P, K, m]`` of sample i and ``[P, (B − i) K, m]`` of it and those after it, whose products are the gram's.
+
+    Of factors: ⟨ṙ_i h_iᵀ + r_i ḣ_iᵀ, J_j⟩ = ⟨ṙ_i, J_j h_i⟩ + ⟨ḣ_i, J_jᵀ r_i⟩ with J_j = ṙ_j h_jᵀ + r_j ḣ_jᵀ.
+    """
+    if isinstance(block, Dense):
+        return block.values[:, i], block.values[:, i:].flatten(1, 2)
+    delta, inputs = block.delta[:, i:], block.inputs[:, i:]
+    delta_dot, inputs_dot = block.delta_dot[:, i:], block.inputs_dot[:, i:]
+    r, h = delta[:, 0, :, None], inputs[:, 0, :, None]  # [P, m, 1]
+    by_inputs = (inputs @ h)[..., None] * delta_dot + (inputs_dot @ h[:, None]) * delta[:, :, None]
+    by_delta = (delta @ r)[..., None] * inputs_dot + (delta_dot @ r[:, None]) * inputs[:, :, None]
+    own = torch.cat([delta_dot[:, 0], inputs_dot[:, 0]], 2)
+    return own, torch.cat([by_inputs, by_delta], 3).flatten(1, 2)
 
 
 def add_gram(rows: Tensor, total: Tensor | None, tile: int = _TILE) -> Tensor:

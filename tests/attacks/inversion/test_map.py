@@ -57,6 +57,24 @@ def test_single_images_and_batches_come_back_to_rounding():
         assert max(found.details["expected_mse"]) < 1e-8
 
 
+def twins() -> tuple[Observation, LabelGuess, torch.Tensor]:
+    """Two images of one label, whose gradients are hard to tell apart."""
+    observation, _, images = victim(2, batch=2)
+    model = LeNet(SHAPE, 10)
+    model.load_state_dict(dict(observation.parameters))
+    labels = torch.tensor([3, 3])
+    gradients = torch.autograd.grad(cross_entropy(model(images), labels), list(model.parameters()))
+    update = dict(zip(observation.parameters, gradients, strict=True))
+    return replace(observation, update=update), LabelGuess(labels[None], torch.ones(1)), images
+
+
+def test_twins_are_told_apart():
+    one = twins()
+    (found,) = attack([one])
+    assert found.converged
+    assert min(float(error(found, truth).max()) for truth in (one[2], one[2].flip(0))) < 1e-8
+
+
 def test_through_noise_the_error_is_the_one_it_expects():
     victims = [victim(seed, std=0.05) for seed in range(8)]
     ratios, worst = [], 0.0

@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from fedleak.attacks.image_prior import natural_prior
+from fedleak.attacks.inversion.map import preconditioner
 from fedleak.attacks.inversion.map.preconditioner import Preconditioner
 from fedleak.attacks.jacobian.features import FeatureModel
 from fedleak.attacks.jacobian.models import update_model
@@ -16,8 +17,10 @@ from fedleak.training import LocalTraining
 SHAPE = (1, 8, 8)
 
 
-@pytest.mark.parametrize("most", [1000, 100])
-def test_wider_coordinates_need_no_new_derivatives(most):
+@pytest.mark.parametrize("whole", [1000, 100])
+def test_wider_coordinates_need_no_new_derivatives(whole, monkeypatch):
+    monkeypatch.setattr(preconditioner, "_WHOLE", whole)
+    monkeypatch.setattr(preconditioner, "_LEADING", 100)
     generator = plain_generator(0)
     start = {n: torch.rand(p.shape, generator=generator) - 0.5 for n, p in LeNet(SHAPE, 10).named_parameters()}
     target = Target(start, {}, {}, LocalTraining(batch_size=2, local_steps=1))
@@ -28,11 +31,11 @@ def test_wider_coordinates_need_no_new_derivatives(most):
     found = []
     for prior in (narrow, wide):
         one = Preconditioner(precision, prior.basis(0, 64))
-        one.most = most
         model.at(images, labels)
         one.renew(model)
         found.append(one)
     scaled, fresh = found
+    assert (scaled.blocks is None) == (whole == 1000)
     ones = torch.ones(1, dtype=torch.float64)
     right = torch.randn(1, 2, 64, generator=generator, dtype=torch.float64)
     scaled.factor(1e-3 * ones, 0 * ones)

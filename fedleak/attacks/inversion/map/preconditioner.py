@@ -8,10 +8,10 @@ from torch import Tensor
 from fedleak.attacks.chain.base import Rows
 from fedleak.attacks.jacobian.base import UpdateModel
 
-_WHOLE = 4000
-"""Unknowns up to which the whole normal matrix is taken at once."""
-_MOST = 14000
-"""Unknowns up to which it is taken where that is worth its price: 800 MB."""
+_WHOLE = 14000
+"""Unknowns up to which the whole normal matrix is taken: 800 MB."""
+_LEADING = 4000
+"""Leading coordinates of all samples that are taken together where it is not."""
 
 
 class Preconditioner:
@@ -26,21 +26,16 @@ class Preconditioner:
 
     Attributes:
         ready: whether there are derivatives at all.
-        most: unknowns up to which the whole matrix is taken.
+        blocks: every sample's own, where the matrix is taken in parts.
     """
 
     def __init__(self, precision: Rows, basis: Tensor) -> None:
         self.precision = {name: value.float() for name, value in precision.items()}
         self.basis = basis.float()
         self.ready = False
-        self.most = _WHOLE
+        self.blocks: Tensor | None = None
         self.lifts = [1e-6, 1e-6]
         self.taken: Tensor | None = None
-
-    def widen(self, batch: int) -> bool:
-        """Take the whole matrix from now on; False where that is so already, or where it is too large."""
-        before, self.most = self.most, _MOST
-        return before < batch * len(self.basis) <= _MOST
 
     def rescale(self, factor: Tensor, basis: Tensor) -> None:
         """Take coordinates that are `factor` ``[K]`` times as wide, those in `basis`: the same derivatives scaled."""
@@ -56,8 +51,8 @@ class Preconditioner:
         """Take the derivatives where `model` stands."""
         self.batch = batch = model.batch
         width = len(self.basis)
-        self.lead = width if batch * width <= self.most else min(width, max(32, _WHOLE // batch))
-        self.blocks: Tensor | None = None
+        self.lead = width if batch * width <= _WHOLE else min(width, max(32, _LEADING // batch))
+        self.blocks = None
         blocks, leading = [], []
         if self.lead == width:
             self.coarse = model.jacobian(self.basis).gram(self.precision)

@@ -3,8 +3,8 @@
     minimise over z   ½ ‖R^-½ (g(x(z)) − u)‖² / s + ½ ‖z‖²,     x = mean + z root,    s from the first misfit down to 1.
 
 Each step solves (J_zᵀ J_z / s + 1 + λ) dz = −(z + J_zᵀ r / s) by conjugate gradients. The products with J are exact, in
-float64 and matrix-free; what makes them few is a preconditioner in float32: the normal matrix itself where it is small,
-else each sample's own block together with the leading coordinates of all samples. It is made anew only when conjugate
+float64 and matrix-free; what makes them few is a preconditioner in float32: the normal matrix itself where memory holds
+it, else each sample's own block together with the leading coordinates of all samples. It is made anew when conjugate
 gradients need too many steps with the last one. Leading coordinates are sought first, since what an image holds beyond
 them is small: coarse to fine. The iteratively regularised form is Bakushinskii's (1992).
 """
@@ -39,7 +39,9 @@ class Settings:
         linear: s falls to this share of itself where the update did what a linear model foretold.
         ahead: s is at least this share of the misfit: far ahead of it there is nothing but dead ends.
         forcing: conjugate gradients stop at this relative residual.
-        patience: steps of conjugate gradients with an old preconditioner, and with a new one.
+        patience: steps of conjugate gradients with an old preconditioner, and with a new one. An old one passes steps
+            for good that hardly move what the update tells little of: a new one is worth several such steps.
+        patience_with_parts: with an old one in parts, with which more steps are needed in any case.
         last_patience: with an old one at the noise, where a new one serves the posterior too.
         draws: from the posterior, of which the expected errors are made.
     """
@@ -49,9 +51,10 @@ class Settings:
     max_steps: int = 60
     shrink: float = 0.3
     linear: float = 0.01
-    ahead: float = 1e-3
+    ahead: float = 3e-3
     forcing: float = 0.03
-    patience: tuple[int, int] = (250, 150)
+    patience: tuple[int, int] = (20, 150)
+    patience_with_parts: int = 250
     last_patience: int = 40
     draws: int = 6
 
@@ -119,18 +122,12 @@ class GaussNewton:
         self.root = {n: (v if v.dim() == 2 else v[:, None]).sqrt() for n, v in precision.items()}
         self.count = torch.stack([(self.root[n] > 0).expand_as(self.observed[n]).sum(1) for n in self.observed]).sum(0)
 
-    def prepare(self, width: int, *, near: bool = False) -> None:
-        """Seek the first `width` coordinates of each image, with a new preconditioner.
-
-        Args:
-            near: the images are near the truth: few steps are left, and they are worth the whole normal matrix.
-        """
+    def prepare(self, width: int) -> None:
+        """Seek the first `width` coordinates of each image, with a new preconditioner."""
         if self._width == width and self.preconditioner is not None:
             return
         self._width = width
         self.preconditioner = Preconditioner(self.precision, self.prior.basis(0, width))
-        if near:
-            self.preconditioner.widen(self.batch)
 
     def believe(self, prior: ImagePrior) -> None:
         """Take another prior, of the same eigenvectors."""
@@ -157,13 +154,12 @@ class GaussNewton:
             last: the stage to end with; None for all coordinates.
         """
         size = self.prior.root.shape[0]
-        near = state.z.shape[2] == size
         stages = [k for k in self.settings.stages if state.z.shape[2] <= k < size]
         for width in [*stages, size]:
             if width > (last or size):
                 break
             state.z = _widen(state.z, width)
-            self.prepare(width, near=near)
+            self.prepare(width)
             for _ in range(self.settings.coarse_steps if width < size else self.settings.max_steps):
                 least = self._unsought(state, width).clamp(min=1.0) if width < size else torch.ones_like(state.s)
                 self._step(state, least)
@@ -305,24 +301,20 @@ class GaussNewton:
         return z, residual, misfit, best
 
     def _solve(self, state: State, right: Tensor) -> Tensor:
-        """Conjugate gradients; with an old preconditioner first, with a new one where that takes too long.
-
-        Where the update is nearly linear, few steps are left, and they are worth the whole normal matrix.
-        """
+        """Conjugate gradients; with an old preconditioner first, with a new one where that takes too long."""
         assert self.preconditioner is not None
         move = torch.zeros_like(right)
-        linear = bool((state.trust > _LINEAR).any())
-        for attempt in range(3):
-            if attempt == 2 and not (linear and self.preconditioner.widen(self.batch)):
-                break
-            if attempt:
+        for renew in (False, True):
+            if renew:
                 self.rough.at(self.images(state.z), self.labels)
                 self.preconditioner.renew(self.rough)
             elif not self.preconditioner.ready:
                 continue
             self.preconditioner.factor(state.s, state.damping)
-            most = self.settings.patience[attempt > 0]
-            if not attempt and linear and bool((state.s <= 1).all()):
+            most = self.settings.patience[renew]
+            if not renew and self.preconditioner.blocks is not None:
+                most = max(most, self.settings.patience_with_parts)
+            if not renew and bool((state.trust > _LINEAR).any()) and bool((state.s <= 1).all()):
                 most = self.settings.last_patience
             move, done = self._conjugate_gradients(state, right, move, most)
             if bool(done.all()):
