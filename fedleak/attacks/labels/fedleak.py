@@ -41,7 +41,7 @@ class Fedleak(LastLayerInference):
       already sure of the counts, and not believed where its residual stays high (noise, pruning).
     - Larger batches: counts by `label_posterior`.
     - Where that is unsure, as in trained models: a network trained on simulated batches, `read_shares`.
-    - Several local steps: counts by `local_step_counts`, a few seconds an update.
+    - Several local steps: counts by `local_step_counts`, some ten seconds an update.
     - Unknown scale (new weights without a learning rate): version 1, which needs none.
 
     Args:

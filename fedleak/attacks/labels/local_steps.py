@@ -5,23 +5,28 @@ of its labels: one step can move a logit by lr (|h|² + 1). The attacker knows b
 lies between: thousands of clients cheaply, whose last layer is trained while the features move in a straight line from
 those of the first model to those of the last, and a few clients in full, which show how far off the cheap ones are. A
 regression then reads the counts off all moments of the last layer's change, and trusts none that the cheap simulation
-gets wrong.
+gets wrong. Around its answer more clients are simulated, and a network learns from the whole ones alone, see
+`rehearsal`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy, one_hot
 
 from fedleak.attacks.base import Knowledge
+from fedleak.attacks.chain import read_layers
 from fedleak.attacks.labels.counting import round_counts
 from fedleak.attacks.labels.last_layer import LastLayer
 from fedleak.attacks.labels.posterior import Pool, near, regress, skewed_labels
 from fedleak.attacks.labels.probe import probe
+from fedleak.attacks.labels.rehearsal import Trial, class_directions, per_class, read, trial
 from fedleak.capture import Observation
 from fedleak.local_update import local_update
 from fedleak.seeding import global_draws, plain_generator
@@ -29,6 +34,10 @@ from fedleak.training import SGD, LocalTraining, Tensors, unroll
 
 _CHUNK = 2**23
 """Numbers that a chunk of cheap simulations may hold."""
+_TOGETHER = 32
+"""Whole clients that are simulated at once, at most: more are no faster on a CPU."""
+_TRUST = 0.7
+"""In the network that has seen whole clients only; the rest is the regression's."""
 
 
 def as_plain(observation: Observation) -> Observation:
@@ -80,9 +89,17 @@ class Path:
         """
         bias = self.bias(moments)
         about = (moments - bias[..., None] * self.centre) @ self.white
-        times = torch.linspace(0, 1, 5, dtype=torch.float64)[None, :, None]
-        logits = self.head @ self.centre - reach * times * (moments @ self.centre)[:, None]
+        logits = self.logits(moments, reach)
         return torch.cat([bias, about.flatten(1), logits.softmax(dim=2).flatten(1)], dim=1)
+
+    def logits(self, moments: Tensor, reach: float) -> Tensor:
+        """``[J, 5, C]``, those of the mean feature from first to last; see `readings`."""
+        times = torch.linspace(0, 1, 5, dtype=torch.float64)[None, :, None]
+        return self.head @ self.centre - reach * times * (moments @ self.centre)[:, None]
+
+    def middle(self, time: float) -> Tensor:
+        """``[M, q]``, features on the way."""
+        return self.start + time * (self.end - self.start)
 
     def bias(self, moments: Tensor) -> Tensor:
         """``[J, C]``, ∂L/∂b; without a bias, what it would be if every feature vector were the mean one."""
@@ -127,6 +144,8 @@ def local_step_counts(
     in_full = max(4, int(in_full * fewer))
     seen = path.readings(path.moments(weight, bias)[None], reach)
     generator = plain_generator(seed)
+    tried = trial(knowledge.model, images, pool, classes)
+    watched: list[tuple[Tensor, Tensor, Tensor]] = []
     share = error = torch.ones(())
     base = torch.zeros(classes, dtype=torch.int64)
     for last in (False, True):
@@ -140,7 +159,9 @@ def local_step_counts(
             pick = index[part.draw(drawn, generator)]
             moments = _cheap(path, pick, drawn, observation)
             few = slice(0, (in_full if last else max(4, in_full // 4)) // 2)
-            off = _full(observation, layer, knowledge, path, images, pick[few], drawn[few], seed) - moments[few]
+            whole, ends = _full(observation, layer, knowledge, path, images, pick[few], drawn[few], seed, tried)
+            watched.append((whole, ends, drawn[few]))
+            off = whole - moments[few]
             noise = torch.randn(len(drawn), len(off), generator=generator, dtype=torch.float64) / len(off) ** 0.5
             moments = moments + off.mean(dim=0) + torch.einsum("jn,ncq->jcq", noise, off - off.mean(dim=0))
             values.append(path.readings(moments, reach))
@@ -151,17 +172,49 @@ def local_step_counts(
         if not last:
             guesses = round_counts(total * torch.cat([share[None], rough]), torch.full((1 + len(rough),), total))
             base = guesses[_likeliest(observation, layer, knowledge, path, images, pool, guesses, seen, seed)]
-    return total * share, total * error
+    rehearsed = _rehearsed(observation, path, pool, path.moments(weight, bias), watched, tried, seed)
+    return total * (_TRUST * rehearsed + (1 - _TRUST) * share), total * error
+
+
+def _rehearsed(
+    observation: Observation,
+    path: Path,
+    pool: Pool,
+    seen: Tensor,
+    watched: list[tuple[Tensor, Tensor, Tensor]],
+    tried: Trial,
+    seed: int,
+) -> Tensor:
+    """Class shares ``[C]`` by a network that has seen whole clients only.
+
+    Args:
+        observation: the update.
+        path: the basis of the moments.
+        pool: labels of the images in `path`.
+        seen: ``[C, q]``, the update's moments.
+        watched: moments ``[J, C, q]``, outcomes ``[J, C, F]`` and labels ``[J, B]`` of simulated clients.
+        tried: what made the outcomes.
+        seed: decides what the network learns.
+    """
+    reach, classes = _reach(observation), len(seen)
+    white, along = class_directions((path.middle(0.5) - path.centre) @ path.white, pool.labels, classes)
+
+    def readings(moments: Tensor, outcomes: Tensor) -> Tensor:
+        bias = path.bias(moments)
+        about = (moments - bias[..., None] * path.centre) @ path.white @ white
+        return per_class(bias, about, along, path.logits(moments, reach), outcomes)
+
+    moments, outcomes, labels = (torch.cat(each) for each in zip(*watched, strict=True))
+    known = readings(moments, outcomes)
+    asked = readings(seen[None], tried.outcome(observation, _came_back(observation, observation.update))[None])[0]
+    return read(known, one_hot(labels, classes).double().mean(dim=1), asked, seed=seed)
 
 
 def _path(observation: Observation, layer: LastLayer, knowledge: Knowledge, images: Tensor, components: int) -> Path:
     """The features of `images` at both ends of a client's path, in the directions that matter."""
     start, training = observation.parameters, observation.training
-    steps, lr, end = training.steps, as_plain(observation).training.lr, observation.update
+    steps, end = training.steps, _came_back(observation, observation.update)
     assert steps is not None
-    assert lr is not None
-    if training.payload == "gradient":
-        end = {name: value - lr * observation.update[name] for name, value in start.items()}
     once = replace(training, local_steps=1, epochs=1)
     ends = [replace(observation, parameters=parameters, training=once) for parameters in (start, end)]
     found = probe(ends, layer, knowledge, images)
@@ -203,7 +256,7 @@ def _likeliest(
         drawn = torch.arange(len(counts)).repeat_interleave(counts).expand(clients, -1)
         drawn = drawn.gather(1, torch.rand(drawn.shape, generator=generator).argsort(dim=1))
         pick = pool.draw(drawn, generator)
-        values = path.readings(_full(observation, layer, knowledge, path, images, pick, drawn, seed), reach)
+        values = path.readings(_full(observation, layer, knowledge, path, images, pick, drawn, seed)[0], reach)
         means.append(values.mean(dim=0))
         within.append(values.var(dim=0))
     width = torch.stack(within).mean(dim=0)
@@ -272,22 +325,63 @@ def _full(
     pick: Tensor,
     labels: Tensor,
     seed: int,
-) -> Tensor:
-    """What `_cheap` returns, by training the whole model as the client did."""
+    tried: Trial | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `_cheap` returns, by training the whole model as the client did, and what came of it, see `Trial`."""
     training = _followed(observation.training)
     head = {name: observation.parameters[name] for name in (layer.weight, layer.bias) if name}
     dtype = observation.parameters[layer.weight].dtype
-    found = []
+    found, outcomes = [], []
     with global_draws(seed):  # dropout draws from torch's global state
-        for inputs, names in zip(pick, labels, strict=True):
-            update = local_update(
-                knowledge.model,
-                observation.parameters,
-                observation.start_buffers,
-                images[inputs].to(dtype),
-                names,
-                training,
-            ).update
+        for update in _updates(observation, knowledge, images.to(dtype), pick, labels, training):
             mean = _mean(observation, head, update)
             found.append(path.moments(mean[layer.weight], mean[layer.bias] if layer.bias else None))
-    return torch.stack(found)
+            if tried is not None:
+                outcomes.append(tried.outcome(observation, _came_back(replace(observation, training=training), update)))
+    return torch.stack(found), torch.stack(outcomes) if outcomes else torch.empty(0)
+
+
+def _updates(
+    observation: Observation,
+    knowledge: Knowledge,
+    images: Tensor,
+    pick: Tensor,
+    labels: Tensor,
+    training: LocalTraining,
+) -> Iterator[Tensors]:
+    """What each client sends: several at a time where nothing is drawn and no statistics move."""
+    model, start, buffers = knowledge.model, observation.parameters, observation.start_buffers
+    moded = copy.deepcopy(model).cpu().train(training.training_mode)
+    if buffers or read_layers(moded, knowledge.image_shape) is None:
+        for inputs, names in zip(pick, labels, strict=True):
+            yield local_update(model, start, buffers, images[inputs], names, training).update
+        return
+    few = max(1, min(_TOGETHER, _CHUNK // sum(value.numel() for value in start.values())))
+    batch = pick.shape[1] // (training.local_steps or 1)
+
+    def loss(weights: Tensors, inputs: Tensor, names: Tensor) -> Tensor:
+        return cross_entropy(functional_call(moded, weights, (inputs,)), names)
+
+    gradients = vmap(grad(loss))
+    for places, names in zip(pick.split(few), labels.split(few), strict=True):
+
+        def gradient_at(step: int, weights: Tensors, places: Tensor = places, names: Tensor = names) -> Tensors:
+            first = step % (training.local_steps or 1) * batch
+            now = slice(first, first + batch)
+            found: Tensors = gradients(weights, images[places[:, now]], names[:, now])
+            return found
+
+        with torch.no_grad():
+            each = {name: value.expand(len(places), *value.shape) for name, value in start.items()}
+            sent = unroll(gradient_at, each, training)
+        for place in range(len(places)):
+            yield {name: value[place] for name, value in sent.items()}
+
+
+def _came_back(observation: Observation, sent: Mapping[str, Tensor]) -> Tensors:
+    """The weights after the local steps, or where the sum of their gradients leads."""
+    if observation.training.payload == "weights":
+        return dict(sent)
+    lr = as_plain(observation).training.lr
+    assert lr is not None
+    return {name: value - lr * sent[name] for name, value in observation.parameters.items()}
