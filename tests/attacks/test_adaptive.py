@@ -15,6 +15,7 @@ from fedleak.attacks.labels import Known
 from fedleak.attacks.problem import imitating, pose
 from fedleak.capture import Observation
 from fedleak.cli import main
+from fedleak.data import digits
 from fedleak.defenses import (
     Clipping,
     Defense,
@@ -24,13 +25,18 @@ from fedleak.defenses import (
     NoDefense,
     Pruning,
     Sign,
+    Soteria,
     Stochastic,
     TruncatedSVD,
     Uniform,
 )
+from fedleak.defenses.base import ClientView
 from fedleak.errors import UsageError
+from fedleak.evaluation.label_study import client_update
+from fedleak.evaluation.metrics import RECOVERED_MSE
 from fedleak.local_update import local_update
 from fedleak.models import LeNet
+from fedleak.setup import compose
 from fedleak.threat import ThreatModel
 from fedleak.training import LocalTraining
 
@@ -142,6 +148,38 @@ def test_the_adaptive_attacker_rebuilds_more_than_the_naive_one(defense):
         errors[adaptive] = float((found.images - images).square().mean())
     assert errors[True] < 1e-3
     assert errors[True] < errors[False]
+
+
+EXACT = [Pruning(0.3), Pruning(0.7), Pruning(0.9), Clipping(1.0), TruncatedSVD(1), Soteria(0.6)]
+"""What these let through is exact, and so are the images that follow from it."""
+
+
+@pytest.mark.slow  # a minute
+@pytest.mark.parametrize(
+    "defense", [*EXACT, Uniform(8), Uniform(4), Sign()], ids=lambda d: f"{type(d).__name__}{vars(d)}"
+)
+def test_who_sees_the_defense_gets_more_of_every_digit_than_who_does_not(defense):
+    data, knowledge = digits(image_size=12), Knowledge(LeNet((1, 12, 12), 10), (1, 12, 12), 10)
+    attacks = {
+        adaptive: compose(["attack=fedleak", "attack.restarts=1", f"attack.adaptive={adaptive}".lower()]).attack.build()
+        for adaptive in (False, True)
+    }
+    errors = {False: [], True: []}
+    for seed in (0, 1):
+        model = LeNet((1, 12, 12), 10)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
+        images, labels = data.train_images[seed : seed + 1] / 255, data.train_labels[seed : seed + 1]
+        observation = client_update(model, images, labels, run=0)
+        used = defense.seeing(ClientView(observation.parameters, {}, model, images, labels))
+        update = used.apply(dict(observation.update), generator=torch.Generator().manual_seed(seed))
+        for adaptive, attack in attacks.items():
+            (found,) = attack([replace(observation, update=update)], knowledge)
+            errors[adaptive].append(float((found.images - images).square().mean()))
+    assert all(seen < unseen for seen, unseen in zip(errors[True], errors[False], strict=True)), errors
+    if defense in EXACT:
+        assert max(errors[True]) < RECOVERED_MSE < max(errors[False]), errors
 
 
 def test_what_is_known_of_the_defense():
