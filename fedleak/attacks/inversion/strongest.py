@@ -49,7 +49,7 @@ class Strongest(Inversion):
     def __init__(
         self, first: Inversion | None = None, then: Inversion | None = None, signs: Inversion | None = None
     ) -> None:
-        self.first = first if first is not None else MAP(restarts=1, max_steps=25, seconds=60)
+        self.first = first if first is not None else MAP(restarts=1, max_steps=25, seconds=15)
         self.then = then if then is not None else GradientMatching(smoothness=1.0)
         self.signs = signs if signs is not None else Learned(steps=0)
 
