@@ -21,7 +21,7 @@ from fedleak.training import SGD, LocalTraining
 COLUMNS = ["method", "data", "partition", "stage", "batch_size", "run"]
 COLUMNS += ["label_accuracy", "labels_exact", "counts_exact", "seconds"]
 
-Partition = Literal["iid", "biased"]
+Partition = Literal["iid", "biased", "different"]
 
 
 ONE_STEP = LocalTraining(local_steps=1, optimizer=SGD(0.1))
@@ -32,12 +32,19 @@ def draw_batch(labels: Tensor, size: int, partition: Partition, generator: torch
     """``[size]`` int64, which samples are in a victim's batch.
 
     `iid` draws without replacement (with it, where there are fewer samples than `size`); `biased` is the founding
-    study's skew: half of the batch one class, a quarter a second one, the rest at random from the other classes.
+    study's skew: half of the batch one class, a quarter a second one, the rest at random from the other classes;
+    `different` draws no class twice.
     """
     if partition == "iid":
         return _draw(torch.arange(len(labels)), size, generator)
+    if partition == "different":
+        order = torch.randperm(len(labels), generator=generator)
+        firsts = {label: place for place, label in reversed(list(enumerate(labels[order].tolist())))}
+        if len(firsts) < size:
+            raise UsageError(f"partition=different needs {size} classes and the data have {len(firsts)}; choose iid")
+        return order[sorted(firsts.values())[:size]]
     if partition != "biased":
-        raise UsageError(f"partition={partition} is not known to the label study; choose iid or biased")
+        raise UsageError(f"partition={partition} is not known to the label study; choose iid, biased or different")
     present = labels.unique()
     if len(present) < 3:
         raise UsageError(f"partition=biased needs three classes and the data have {len(present)}; choose iid")

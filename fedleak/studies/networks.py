@@ -20,7 +20,7 @@ from fedleak.config import Rule, one_of, whole
 from fedleak.data import ImageData, to_float
 from fedleak.errors import UsageError
 from fedleak.evaluation.intervals import student
-from fedleak.evaluation.label_study import ONE_STEP, client_update
+from fedleak.evaluation.label_study import ONE_STEP, client_update, draw_batch
 from fedleak.evaluation.matching import match
 from fedleak.federation.scenario import load_data
 from fedleak.models import build_model
@@ -220,18 +220,18 @@ class Networks(Study):
 
 def draw_truth(data: ImageData, cell: Cell, random: torch.Generator) -> Truth:
     """A private batch whose labels are any, different or equal ones."""
-    order = torch.randperm(len(data.train_labels), generator=random)
-    labels = data.train_labels[order]
+    chosen = torch.arange(len(data.train_labels))
     if cell.labels == "equal":
-        order = order[labels == labels[0]]
-    elif cell.labels == "different":
-        firsts = {int(label): place for place, label in reversed(list(enumerate(labels.tolist())))}
-        order = order[sorted(firsts.values())]
-    if len(order) < cell.batch_size:
+        first = data.train_labels[int(torch.randint(len(chosen), (1,), generator=random))]
+        chosen = chosen[data.train_labels == first]
+    if len(chosen) < cell.batch_size:
         raise UsageError(
-            f"study.cells: {data.name} has no {cell.batch_size} images of {cell.labels} labels; make batch_size smaller"
+            f"study.cells: {data.name} has no {cell.batch_size} images of a class; make batch_size smaller"
         )
-    chosen = order[: cell.batch_size]
+    drawn = draw_batch(
+        data.train_labels[chosen], cell.batch_size, "different" if cell.labels == "different" else "iid", random
+    )
+    chosen = chosen[drawn]
     return Truth(1, 0, to_float(data.train_images[chosen]), data.train_labels[chosen])
 
 

@@ -39,6 +39,15 @@ def test_a_row_for_each_method_stage_size_partition_and_run(data):
     assert (control.labels_exact == (control.label_accuracy == 1)).all()
 
 
+def test_batches_without_duplicates():
+    labels = torch.arange(60) % 6
+    for seed in range(5):
+        batch = draw_batch(labels, 5, "different", torch.Generator().manual_seed(seed))
+        assert len(labels[batch].unique()) == len(batch) == 5
+    with pytest.raises(UsageError, match="partition=different needs 7 classes and the data have 6"):
+        draw_batch(labels, 7, "different", torch.Generator())
+
+
 def test_the_seed_decides_everything_and_runs_differ(data):
     def run(seed):
         frame = label_study(*data, model=network, methods={"v": Version1()}, batch_sizes=(16,), runs=4, seed=seed)
@@ -83,7 +92,7 @@ def test_a_biased_batch_is_half_one_class_and_a_quarter_another():
     assert batch.unique().numel() == 400
     with pytest.raises(UsageError, match="three classes"):
         draw_batch(labels % 2, 8, "biased", torch.Generator())
-    with pytest.raises(UsageError, match="choose iid or biased"):
+    with pytest.raises(UsageError, match="choose iid, biased or different"):
         draw_batch(labels, 8, "shards", torch.Generator())
 
 
