@@ -148,18 +148,18 @@ def by_round(
     key: str, title: str, sentences: Sequence[str], rows: list[Row], axis: str, rule: str, runs: Sequence[RunData]
 ) -> Chart:
     """A line with points over the rounds; `rule` is the format of the values."""
-    few = len({row["round"] for row in rows}) <= 60
+    rounds = sorted({row["round"] for row in rows})
     formats = {"value": ".1%" if rule == "%" else ".4~g"}
     fields = {"run": "run", "round": "round", "value": axis} | ({"of": "of"} if "of" in rows[0] else {})
     x_axis = {
-        "tickMinStep": 1,
+        **({"values": rounds} if len(rounds) <= 10 else {"tickMinStep": 1}),  # of few, ticks would fall between
         "format": "d",
         "grid": False,
         "labelExpr": "datum.value < 1 ? '' : datum.label",  # there is no round 0
     }
     whole: dict[str, Any] = {"scale": {"domain": [0, 1]}} if rule == "%" else {}
     spec = {
-        "mark": {"type": "line", "point": {"size": 45} if few else False, "strokeWidth": 2},
+        "mark": {"type": "line", "point": {"size": 45} if len(rounds) <= 60 else False, "strokeWidth": 2},
         "encoding": {
             "x": quantity("round", "round", axis=x_axis, scale={"zero": False, "nice": False, "padding": 12}),
             "y": quantity("value", axis, axis={"format": rule}, **whole),
