@@ -21,7 +21,7 @@ from fedleak.attacks.jacobian.models import update_model
 from fedleak.attacks.labels.last_layer import LastLayer, find_last_layer
 from fedleak.attacks.noise import Noise, noise_of
 from fedleak.attacks.problem import Target
-from fedleak.audit.normalisation import made_up_images
+from fedleak.audit.made_up import made_up_images
 from fedleak.audit.preflight import Preflight
 from fedleak.capture import Observation
 

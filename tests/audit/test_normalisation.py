@@ -7,10 +7,18 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedleak.audit.checks import CONSISTENT, CONTRADICTS, UNKNOWN
-from fedleak.audit.normalisation import PLAIN, look, made_up_images, usual, with_look
+from fedleak.audit.made_up import made_up_images
+from fedleak.audit.normalisation import PLAIN, look, usual, with_look
 from fedleak.audit.preflight import preflight
 
 HALF = ([0.5], [0.5])
+
+
+@pytest.fixture(autouse=True)
+def few_kinds(monkeypatch):
+    """Enough for normalisations that differ by much, in one network for all tests."""
+    torch.manual_seed(3)
+    monkeypatch.setattr("fedleak.audit.normalisation.KINDS", 100)
 
 
 def clients_of(client, knowledge, images_norm, count=2, **settings):
@@ -24,6 +32,7 @@ def clients_of(client, knowledge, images_norm, count=2, **settings):
         one = client(number, number=number, model=model, **settings)
         model.load_state_dict(sent)
         images = made_up_images(1, 32, (3, 32, 32), 50 + number)[0]
+        images = (0.46 + 0.24 * (images - images.mean()) / images.std()).clamp(0, 1)  # as photographs mostly are
         labels = torch.repeat_interleave(torch.arange(10), torch.tensor(one.counts))
         cross_entropy(model((images - mean) / std), labels).backward()
         reply = {n: v.clone() for n, v in model.state_dict().items()}
@@ -54,6 +63,17 @@ def test_batchnorms_statistics_are_looked_at_too_and_none_is_right_where_none_is
     assert look(checked, known.model, known, usual(3)[-1], seed=0).check.verdict == CONTRADICTS
 
 
+def test_looking_changes_nothing_and_a_withheld_scale_is_no_obstacle(client, knowledge):
+    known = knowledge(True)
+    checked = clients_of(client, known, PLAIN, norm=True, count=1)
+    before = {name: value.clone() for name, value in checked[0].observation.start_buffers.items()}
+    blind = replace(checked[0].observation.training, optimizer=None)
+    unknown = [replace(p, observation=replace(p.observation, training=blind)) for p in checked]
+    assert look(unknown, known.model, known, usual(3)[-1], seed=0).check.verdict == CONTRADICTS
+    for name, value in before.items():
+        assert torch.equal(checked[0].observation.start_buffers[name], value)
+
+
 def test_where_an_update_cannot_tell_nothing_is_said(client, knowledge):
     known = knowledge()
     adam = client(0, optimizer="adam", lr=0.001)
@@ -63,11 +83,12 @@ def test_where_an_update_cannot_tell_nothing_is_said(client, knowledge):
 
 
 def test_made_up_images_are_images():
-    images = made_up_images(4, 3, (1, 9, 7), 0)
-    assert images.shape == (4, 3, 1, 9, 7)
-    assert float(images.min()) >= 0
-    assert float(images.max()) <= 1
-    assert torch.equal(images, made_up_images(4, 3, (1, 9, 7), 0))
+    for varied in (False, True):
+        images = made_up_images(8, 3, (1, 9, 7), 0, varied=varied)
+        assert images.shape == (8, 3, 1, 9, 7)
+        assert float(images.min()) >= 0
+        assert float(images.max()) <= 1
+        assert torch.equal(images, made_up_images(8, 3, (1, 9, 7), 0, varied=varied))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
