@@ -183,3 +183,11 @@ def test_an_update_of_another_float_is_taken_to_float32_and_errors_are_left_alon
     assert {v.dtype for v in (usable(one).parameters["w"], usable(one).update["w"])} == {torch.float32}
     broken = replace(one, error="client error: boom")
     assert usable(broken) is broken
+
+
+def test_an_attack_on_single_samples_says_what_to_do_in_python_too(tmp_path):
+    captured(tmp_path / "c", clients(), lr=0.1, local_steps=1)
+    with pytest.raises(UsageError, match=r"holds 4; choose attack/labels=fedleak \(from Python method='fedleak'\)"):
+        fedleak.attack(tmp_path / "c", small_model(), "idlg", image_shape=(1, 8, 8), classes=10)
+    found = fedleak.attack(tmp_path / "c", small_model(), "labels_only", image_shape=(1, 8, 8), classes=10)
+    assert [one.labels.tolist() for one in found] == LABELS.tolist()
