@@ -77,5 +77,5 @@ def test_a_reader_learns_counts_that_clients_readings_tell():
     about = shares[:, :, None] ** 2 * torch.ones(3, dtype=torch.float64)  # nothing linear
     logits, outcomes = torch.zeros(201, 5, 4), torch.zeros(201, 4, 3)
     readings = per_class(0 * shares, about, torch.eye(4, 3, dtype=torch.float64), logits, outcomes)
-    found = read(readings[:200], shares[:200], readings[200], seed=0, readers=1, steps=150)
+    found = read(readings[:200], shares[:200], readings[200], seed=0, steps=150)
     torch.testing.assert_close(found, shares[200], atol=0.06, rtol=0)
