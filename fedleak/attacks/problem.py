@@ -128,8 +128,10 @@ def imitating(target: Target, defense: Defense) -> Target:
         return target
     function = found.function
     noise = None if found.noise is None else {n: std / training.scale for n, std in found.noise.items()}
-    if isinstance(function, Mask):  # whatever the units
-        return replace(target, imitate=function, noise=noise)
+    if isinstance(function, Mask):  # whatever the units; fast paths know of places alone
+        update = {n: value / function.factor for n, value in target.update.items()}
+        noise = None if noise is None else {n: std / function.factor for n, std in noise.items()}
+        return replace(target, update=update, imitate=Mask(function.kept), noise=noise)
 
     def imitate(gradient: Tensors) -> Tensors:
         return {n: v / factor for n, v in function({n: factor * v for n, v in gradient.items()}).items()}

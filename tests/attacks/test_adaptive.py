@@ -84,6 +84,18 @@ def test_the_true_update_imitated_is_the_observed_one_up_to_the_noise(defense, t
             assert float(noise) <= 3 * float((truth[name] - value).square().mean().sqrt()) + 1e-3 * float(value.norm())
 
 
+def test_who_is_told_of_a_rescaled_mask_takes_the_scale_out(defended):
+    defense = Masking(0.5, rescale=True)
+    observation, truth, _ = defended(defense)
+    (problem,) = pose([observation], [None], Knowledge(LeNet((1, 28, 28), 10), (1, 28, 28), 10))
+    target = imitating(problem.targets[0], defense)
+    made = target.imitate(dict(truth))
+    for name, value in target.update.items():
+        torch.testing.assert_close(made[name], value)
+        kept = value != 0
+        torch.testing.assert_close(value[kept], truth[name][kept])
+
+
 def test_an_update_of_noise_is_left_alone_but_for_its_size(defended):
     observation, *_ = defended(Gaussian(0.01))
     found = Estimated().imitate(observation.update, observation.training)
