@@ -62,6 +62,9 @@ TOGETHER = [
     "experiment=first_defenses attack=none",
     "federation.batch_size=100000000 model=resnet18",
     "model.init=nothing",
+    "model.init=0",
+    "model.init=[]",
+    "model.init=''",
     "attack.inversion.objective._target_=os.getcwd attack=dlg",
 ]
 

@@ -38,7 +38,8 @@ def build_model(part: Part, image_shape: tuple[int, int, int], classes: int, see
         UsageError: the target cannot be imported, refuses its arguments, or does not return such a model.
     """
     settings, target = part.settings, part.target
-    init = settings.pop("init", None) or "default"
+    init = settings.pop("init", None)
+    init = "default" if init is None else init
     normalize = settings.pop("normalize", None)
     if not isinstance(init, str) or init not in INITIALISATIONS:
         raise UsageError(f"model.init={init} is unknown; choose one of {', '.join(INITIALISATIONS)}")
