@@ -25,6 +25,8 @@ from fedleak.seeding import plain_generator
 
 _LINEAR = 0.9
 """From this share of the foretold fall on, an update is nearly linear."""
+_DEAR = 400_000
+"""Unknowns, squared, whose preconditioner costs as much as a few steps of conjugate gradients."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Settings:
         ahead: s is at least this share of the misfit: far ahead of it there is nothing but dead ends.
         forcing: conjugate gradients stop at this relative residual.
         patience: steps of conjugate gradients with an old preconditioner, and with a new one. An old one passes steps
-            for good that hardly move what the update tells little of: a new one is worth several such steps.
-        patience_with_parts: with an old one in parts, with which more steps are needed in any case.
+            for good that hardly move what the update tells little of: a new one is worth several such steps. Where
+            there are more than 3,000 unknowns and it costs more, an old one serves longer.
+        most_patience: with an old one, and with one in parts, with which more steps are needed in any case.
         last_patience: with an old one at the noise, where a new one serves the posterior too.
         draws: from the posterior, of which the expected errors are made.
     """
@@ -54,7 +57,7 @@ class Settings:
     ahead: float = 3e-3
     forcing: float = 0.03
     patience: tuple[int, int] = (20, 150)
-    patience_with_parts: int = 250
+    most_patience: int = 250
     last_patience: int = 40
     draws: int = 6
 
@@ -312,8 +315,10 @@ class GaussNewton:
                 continue
             self.preconditioner.factor(state.s, state.damping)
             most = self.settings.patience[renew]
-            if not renew and self.preconditioner.blocks is not None:
-                most = max(most, self.settings.patience_with_parts)
+            if not renew:
+                unknowns = right[0].numel()
+                dear = self.settings.most_patience if self.preconditioner.blocks is not None else unknowns**2 // _DEAR
+                most = max(most, min(dear, self.settings.most_patience))
             if not renew and bool((state.trust > _LINEAR).any()) and bool((state.s <= 1).all()):
                 most = self.settings.last_patience
             move, done = self._conjugate_gradients(state, right, move, most)
