@@ -36,7 +36,7 @@ _CHUNK = 2**23
 """Numbers that a chunk of cheap simulations may hold."""
 _TOGETHER = 32
 """Whole clients that are simulated at once, at most: more are no faster on a CPU."""
-_TRUST = 0.7
+_TRUST = 0.9
 """In the network that has seen whole clients only; the rest is the regression's."""
 
 
