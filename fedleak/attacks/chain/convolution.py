@@ -20,6 +20,12 @@ _GROUPED = 8
 """Input channels from which a processor convolves in groups faster than it copies patches."""
 
 
+def _paired(one: Tensor) -> Tensor:
+    """A single group twice: alone it is convolved in another way, which rounds otherwise, and no result may depend on
+    how many others are computed beside it."""
+    return torch.cat([one, one]) if len(one) == 1 else one
+
+
 class Convolution(Layer):
     """A plain two-dimensional convolution, as a product with the patches of its input.
 
@@ -79,28 +85,30 @@ class Convolution(Layer):
         """``[N, O, H'·W']`` of kernels ``[N, O, C·kh·kw]`` and inputs ``[N, C, H, W]``."""
         if not self._groups(a):
             return weight @ (self.patches if a is self.input else self._patches(a))
+        n, weight, a = len(a), _paired(weight), _paired(a)
         z = F.conv2d(a.flatten(0, 1)[None], self._kernels(weight), **self._settings(len(a)))
         self.size = z.shape[2], z.shape[3]
-        return z.reshape(len(a), -1, z.shape[2] * z.shape[3])
+        return z.reshape(len(a), -1, z.shape[2] * z.shape[3])[:n]
 
     def _back(self, weight: Tensor, delta: Tensor) -> Tensor:
         """The adjoint of `_convolve` in its input: ``[N, C, H, W]`` of ``[N, O, H'·W']``."""
         if not self._groups(delta):
             return self._unpatch(weight.mT @ delta)
-        kernels, n = self._kernels(weight), len(delta)
-        size = (1, n * kernels.shape[1], *self.input_size)
+        n, kernels, delta = len(delta), self._kernels(_paired(weight)), _paired(delta)
+        size = (1, len(delta) * kernels.shape[1], *self.input_size)
         outputs = delta.reshape(1, -1, *self.size)
-        found: Tensor = conv2d_input(size, kernels, outputs, **self._settings(n))
-        return found.reshape(n, -1, *self.input_size)
+        found: Tensor = conv2d_input(size, kernels, outputs, **self._settings(len(delta)))
+        return found.reshape(len(delta), -1, *self.input_size)[:n]
 
     def _correlate(self, delta: Tensor, a: Tensor) -> Tensor:
         """The adjoint of `_convolve` in its kernels: ``[N, O, C·kh·kw]`` of ``[N, O, H'·W']`` and inputs."""
         if not self._groups(a):
             return delta @ (self.patches if a is self.input else self._patches(a)).mT
-        n, size = len(a), (delta.shape[0] * delta.shape[1], a.shape[1], *self.kernel)
+        n, delta, a = len(a), _paired(delta), _paired(a)
+        size = (delta.shape[0] * delta.shape[1], a.shape[1], *self.kernel)
         outputs = delta.reshape(1, -1, *self.size)
-        found: Tensor = conv2d_weight(a.flatten(0, 1)[None], size, outputs, **self._settings(n))
-        return found.reshape(*delta.shape[:2], -1)
+        found: Tensor = conv2d_weight(a.flatten(0, 1)[None], size, outputs, **self._settings(len(a)))
+        return found.reshape(*delta.shape[:2], -1)[:n]
 
     @property
     def patches(self) -> Tensor:

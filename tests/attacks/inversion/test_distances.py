@@ -309,6 +309,23 @@ def test_convolution_patches_have_their_adjoint() -> None:
     torch.testing.assert_close((patches * other).sum(), (layer._unpatch(other) * a.flatten(0, 1)).sum())
 
 
+def test_convolving_in_groups_gives_the_same_bits_whatever_stands_beside() -> None:
+    torch.manual_seed(0)
+    layer = Convolution("0", nn.Conv2d(12, 12, 5, 2, 2))
+    a, weight, back = torch.randn(9, 12, 14, 14), torch.randn(9, 12, 300), torch.randn(9, 12, 49)
+    layer.input_size = (14, 14)
+
+    def all_three(some: slice) -> list[Tensor]:
+        layer.input, layer._of_input = a[some], None
+        z = layer._convolve(weight[some], layer.input)
+        return [z, layer._back(weight[some], back[some]), layer._correlate(back[some], layer.input)]
+
+    together = all_three(slice(None))
+    for some in (slice(2, 3), slice(2, 4), slice(1, 8)):
+        for alone, beside in zip(all_three(some), together, strict=True):
+            assert torch.equal(alone, beside[some])
+
+
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), ((2, 1), (1, 2))])
 def test_convolving_in_groups_gives_what_patches_give(stride, dilation, monkeypatch) -> None:
     torch.manual_seed(0)
