@@ -37,7 +37,7 @@ _PATIENCE = (100, 200)
 """Of the solver, where derivatives go through a loop: the problem is less linear, and old ones serve less long."""
 _EACH_STEP = 5
 """Times as long as an update of one step that one of several may take for each of them."""
-_LEAST_SECONDS = 20.0
+_LEAST_SECONDS = 15.0
 """Of a call, whatever an update may take."""
 _QUICK = 2000
 """Unknowns from which, when time is short, every update is sought coarsely before one is sought to the end."""
@@ -60,7 +60,7 @@ class MAP(Inversion):
         max_steps: Gauss-Newton steps of a start.
         candidates: label multisets of a guess to try.
         prior: ``auto`` takes auxiliary images where they are granted, ``natural`` a spectrum of natural images.
-        seconds: of computing that an update may take, about, on average of a call, which may take 20 in any case; five
+        seconds: of computing that an update may take, about, on average of a call, which may take 15 in any case; five
             times that for each local step of a client that takes several. None for as long as it needs. When time is
             short every update is sought coarsely, then the most promising to the end.
 
