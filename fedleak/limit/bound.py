@@ -78,7 +78,7 @@ def limit(
     precision = {name: value[None] for name, value in noise.precision().items()}
     total = _information(exact.jacobians(prior.basis(0, width)), precision, batch * width)
     total.diagonal().add_(1)
-    factor = torch.linalg.cholesky(total)
+    factor = _factor(total)
     covariance = _inverse_diagonal(factor, width).view(batch, width)
     rest = prior.variance[width:].sum()
     # The coordinates are eigenvectors, so that pixels' squared errors add up along them.
@@ -107,6 +107,22 @@ def _information(samples: Iterator[Jacobian], precision: Rows, unknowns: int) ->
     assert rows is not None
     total = Jacobian.join(factors).gram(precision) if factors[0].blocks else None
     return add_gram(rows, total, tile=256)[0]
+
+
+def _factor(total: Tensor) -> Tensor:
+    """Cholesky's factor; where rounding made `total` indefinite, with the least ridge that helps, in powers of ten.
+
+    Directions that the ridge touches are told less of than float64 can say beside the best known one, so that the limit
+    is a little low there.
+    """
+    ridge = torch.finfo(total.dtype).eps * total.diagonal().max()
+    for _ in range(6):
+        factor, failed = torch.linalg.cholesky_ex(total)
+        if not failed:
+            return factor
+        total.diagonal().add_(ridge)
+        ridge = 10 * ridge
+    return torch.linalg.cholesky(total)
 
 
 def _inverse_diagonal(factor: Tensor, width: int) -> Tensor:

@@ -10,6 +10,7 @@ from fedleak.attacks.image_prior import natural_prior
 from fedleak.attacks.noise import Noise
 from fedleak.attacks.problem import Target
 from fedleak.limit import limit
+from fedleak.limit.bound import _factor
 from fedleak.models.lenet import LeNet
 from fedleak.seeding import plain_generator
 from fedleak.training import LocalTraining
@@ -80,3 +81,13 @@ def test_leading_coordinates_alone_are_never_below_all_of_them():
     whole, part = limit(*arguments), limit(*arguments, unknowns=100)
     assert part.coordinates == 50
     assert (part.mse >= 0.999 * whole.mse).all()
+
+
+def test_what_rounding_made_indefinite_is_factored_all_the_same() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 40, dtype=torch.float64) * 1e8
+    total = rows.mT @ rows + torch.eye(40, dtype=torch.float64)  # 1 beside 1e16: less than float64 holds
+    total.diagonal().sub_(4.0)
+    assert torch.linalg.cholesky_ex(total)[1] > 0
+    factor = _factor(total.clone())
+    torch.testing.assert_close(factor @ factor.mT, total, rtol=1e-12, atol=1e-12 * float(total.max()))
